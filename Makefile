@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself: Python 3.11 or newer is all that a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help install quickstart test test-all lint format clean
+
+help:
+	@echo "make quickstart   the whole path on a CPU, offline, to quickstart/index.html"
+	@echo "make test         the tests (about 10 minutes on two cores)"
+	@echo "make test-all     the slow ones too"
+	@echo "make lint         ruff"
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("DentalGemma needs Python 3.11 or newer; name one with PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+quickstart: install
+	$(BIN)/dentalgemma quickstart --out quickstart
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

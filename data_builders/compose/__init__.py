@@ -1,0 +1,1 @@
+"""Question families and their wording."""

@@ -1,0 +1,162 @@
+"""Files of a source: text and JSON that may be anything, and paths that must not lead out of the source's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_builders.images import find_images
+from data_builders.readers.geometry import BadAnnotation
+from data_builders.records import Problem, Split
+from data_builders.sources import Source
+
+MAX_BYTES = 512 * 1024**2
+SPLITS: dict[str, Split] = {
+    "train": "train",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class Document(NamedTuple):
+    """A JSON file's content; where a key stood twice in one object, only the last value is left of it."""
+
+    value: Any
+    repeated_keys: tuple[str, ...]
+
+
+def read_text(path: Path) -> str:
+    """Read a text file whatever its byte order mark and line ends.
+
+    Raises:
+        BadAnnotation: when it is too big, a Git-LFS pointer, or not text.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadAnnotation("file_too_big", f"is over {MAX_BYTES // 1024**2} MB; split it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadAnnotation("unreadable_file", f"cannot be read: {error.strerror}") from None
+    if content.startswith(LFS_POINTER):
+        raise BadAnnotation("lfs_pointer", "is a Git-LFS pointer, not the file itself; run `git lfs pull`")
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadAnnotation("unreadable_file", f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def load_json(path: Path) -> Document:
+    """Read a JSON file; raise BadAnnotation when there is no reading it."""
+    text = read_text(path)
+    repeated: list[str] = []
+
+    def make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated.extend(key for key in made if keys.count(key) > 1)
+        return made
+
+    try:
+        try:
+            value = json.loads(text, object_pairs_hook=make_dict)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of thousands of digits must not cost the whole file
+            value = json.loads(text, object_pairs_hook=make_dict, parse_int=_read_integer)
+    except json.JSONDecodeError as error:
+        raise BadAnnotation("bad_json", f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise BadAnnotation("bad_json", "is nested too deeply to be annotations") from None
+    return Document(value, tuple(repeated))
+
+
+def _read_integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
+def repeated_keys_problem(path: Path, document: Document) -> Iterator[Problem]:
+    """Say that values were lost, which the images of this file must not be called exhaustive after."""
+    if document.repeated_keys:
+        keys = ", ".join(shorten(key) for key in sorted(set(document.repeated_keys))[:5])
+        yield Problem("duplicate_json_keys", "error", path, None, f"keys that stand twice in one object: {keys}")
+
+
+def declared_split(source: Source, path: Path) -> Split | None:
+    """The split that the nearest folder below the source's root is named after."""
+    for folder in reversed(path.relative_to(source.root).parts[:-1]):
+        if folder.lower() in SPLITS:
+            return SPLITS[folder.lower()]
+    return None
+
+
+def leaves_root(source: Source, path: Path) -> bool:
+    """Whether a path leads out of the source's folder by way of links."""
+    return not path.resolve().is_relative_to(source.root.resolve())
+
+
+def drop_outward_links(source: Source, paths: Iterable[Path], problems: list[Problem]) -> list[Path]:
+    """The paths that may be opened, in order; a problem for each other one."""
+    kept = []
+    for path in paths:
+        if path.is_symlink() and leaves_root(source, path):
+            problems.append(Problem("unsafe_path", "error", path, None, "is a link that leaves the source folder"))
+        else:
+            kept.append(path)
+    return kept
+
+
+def find_image(source: Source, folder: Path, name: object) -> Path:
+    """Where an image that an annotation file in `folder` names lies, or would lie if it were there.
+
+    Raises:
+        BadAnnotation: for a path that leaves the source folder; it is never opened.
+    """
+    if not isinstance(name, str) or not name.strip("./\\ "):
+        raise BadAnnotation("bad_annotation", f"{shorten(name)} is not the name of an image file")
+    relative = name.replace("\\", "/")
+    parts = relative.split("/")
+    if relative.startswith("/") or ".." in parts or re.match("[A-Za-z]:", relative) or not _is_encodable(parts):
+        raise BadAnnotation("unsafe_path", f"{shorten(name)} is not a path below the source folder")
+    folders = [source.root / source.images] if source.images else [folder, folder / "images", source.root / "images"]
+    places = [place / relative for place in folders]
+    path = next((place for place in places if place.is_file()), places[0])
+    if leaves_root(source, path):
+        raise BadAnnotation("unsafe_path", f"{shorten(name)} is a link that leaves the source folder")
+    return path
+
+
+def _is_encodable(parts: list[str]) -> bool:
+    try:
+        return not any("\0" in part or len(part.encode()) > 255 for part in parts) and len(parts) < 100
+    except UnicodeEncodeError:
+        return False
+
+
+def unlisted_images(source: Source, seen: set[Path]) -> Iterator[Problem]:
+    """One problem for all image files that no annotation file speaks of."""
+    unlisted = [path for path in find_images(source.root / (source.images or "")) if path not in seen]
+    if unlisted:
+        message = f"{len(unlisted)} image files are in no annotation file, the first is {unlisted[0].name}; not read"
+        yield Problem("unlisted_images", "info", source.root, None, message)
+
+
+def escape_surrogates(text: str) -> str:
+    """A text from a JSON file as it can be written to one; "\\ud800" alone is valid in JSON and not in UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def shorten(value: object) -> str:
+    """A value as it stands in a file, cut for a message."""
+    try:
+        text = f"{value:.9g}" if isinstance(value, (int, float)) else repr(value)
+    except OverflowError:  # an integer beyond any float
+        text = "a number of hundreds of digits"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -1,0 +1,254 @@
+"""The sources file: which annotation files there are, what their labels mean, and under which terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_builders.dentition import parse_fdi, parse_tooth_type
+from data_builders.records import Modality
+
+Language = Literal["en", "es"]
+READERS = ("yolo", "dota", "coco", "via", "class_folders", "cases")
+
+
+class SourcesError(ValueError):
+    """A sources file that cannot be used; the message names the file, the key and the remedy."""
+
+
+class UnknownLabel(ValueError):
+    """A raw label that the class map of its source does not name."""
+
+
+class Names(BaseModel):
+    """How a finding is called in one language."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    one: str
+    other: str
+    condition: str
+    gender: Literal["f", "m"] | None = None
+
+
+class Term(BaseModel):
+    """One entry of the vocabulary of findings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["pathology", "sound", "structure"]
+    icd10cm: str | None = None
+    en: Names
+    es: Names
+
+
+Vocabulary = Mapping[str, Term]
+
+
+class Label(NamedTuple):
+    """What a raw label means: a name of the vocabulary, and the tooth it names, if it does."""
+
+    name: str
+    tooth: str | None = None
+
+
+class Group(BaseModel):
+    """How file names tell which images belong to one patient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    pattern: str
+
+    @field_validator("pattern")
+    @classmethod
+    def _names_a_patient(cls, pattern: str) -> str:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if "patient" not in compiled.groupindex:
+            raise ValueError("needs a named group, for example ^(?P<patient>[^_]+)_")
+        return pattern
+
+
+class Shares(BaseModel):
+    """Shares of the groups that go to each split; they add up to 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    train: float = Field(default=0.8, ge=0)
+    validation: float = Field(default=0.1, ge=0)
+    test: float = Field(default=0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Shares:
+        if abs(self.train + self.validation + self.test - 1) > 1e-6:
+            raise ValueError("train, validation and test must add up to 1")
+        return self
+
+
+class Source(BaseModel):
+    """One folder of annotations in one format.
+
+    `root` is absolute once loaded. `classes` maps a raw label (a YOLO id, a COCO or VIA name, a folder name) to a name
+    of the vocabulary, or to null where it is to be ignored; `fdi` and `tooth_types` stand for labels that are tooth
+    numbers or the eight tooth types. `exhaustive` names the labels whose absence may be stated. `locations: false` is
+    for images that were flipped or put together, in which places mean nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    reader: Literal["yolo", "dota", "coco", "via", "class_folders", "cases"]
+    root: Path
+    classes: Mapping[int | str, str | None] | Literal["fdi", "tooth_types"] | None = None
+    modality: Modality | None = None
+    exhaustive: tuple[str, ...] = ()
+    locations: bool = True
+    license: str | None = None
+    url: str | None = None
+    annotations: str | None = None
+    images: str | None = None
+    labels: str | None = None
+    label_attribute: str | None = None
+    attributes: Mapping[str, str] = Field(default_factory=dict)
+    expected_images: Mapping[str, int] = Field(default_factory=dict)
+    group: Group | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _no_yaml_booleans(cls, classes: object) -> object:
+        if isinstance(classes, dict):
+            for raw in classes:
+                if isinstance(raw, bool) or not isinstance(raw, (int, str)):
+                    raise ValueError(f"label {raw!r} is not a number or a text; put it in quotes")
+        return classes
+
+    @model_validator(mode="after")
+    def _has_what_its_reader_needs(self) -> Source:
+        if self.reader != "cases":
+            for key in ("classes", "modality"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"reader {self.reader} needs {key!r}: a class map is never guessed")
+        return self
+
+    def resolve(self, raw: int | str) -> Label | None:
+        """The meaning of a raw label, or `None` where the class map ignores it.
+
+        Raises:
+            UnknownLabel: when the map does not name it; nothing is ever a default class.
+        """
+        assert self.classes is not None
+        try:
+            if self.classes == "fdi":
+                return Label("tooth", parse_fdi(str(raw)))
+            if self.classes == "tooth_types":
+                return Label("tooth", parse_tooth_type(str(raw)))
+        except ValueError as error:
+            raise UnknownLabel(str(error)) from None
+        if raw not in self.classes:
+            raise UnknownLabel(f"label {raw!r} is not in the class map ({self.class_map_text()})")
+        name = self.classes[raw]
+        return None if name is None else Label(name)
+
+    def class_map_text(self) -> str:
+        """The class map in one line, for messages."""
+        if isinstance(self.classes, str):
+            return self.classes
+        return ", ".join(f"{raw}: {name or 'null'}" for raw, name in (self.classes or {}).items())
+
+
+class SourcesFile(BaseModel):
+    """A whole sources file; `path` is where it was read. `families` narrows the question families that are asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Path
+    seed: int = 42
+    languages: tuple[Language, ...] = ("en",)
+    split: Shares = Shares()
+    vocabulary: Path | None = None
+    system_prompt: str | None = None
+    families: tuple[str, ...] | None = None
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    def terms(self) -> Vocabulary:
+        """The vocabulary that this file's class maps may use: the toolkit's, and the file's own on top."""
+        return load_vocabulary(self.vocabulary)
+
+
+@lru_cache
+def load_vocabulary(extra: Path | None = None) -> Vocabulary:
+    """Read the vocabulary of findings, with a user's additions where a file is given."""
+    entries = yaml.safe_load(files("data_builders.compose").joinpath("vocabulary.yaml").read_text(encoding="utf-8"))
+    if extra is not None:
+        entries |= _read_yaml(extra)
+    try:
+        return {name: Term.model_validate(entry) for name, entry in entries.items()}
+    except ValidationError as error:
+        raise SourcesError(f"{extra}: {_first_errors(error)}") from None
+
+
+def load_sources(path: Path) -> SourcesFile:
+    """Read and validate a sources file; paths in it are relative to it.
+
+    Raises:
+        SourcesError: naming the file and every key that is wrong.
+    """
+    path = Path(path)
+    document = _read_yaml(path)
+    base = path.resolve().parent
+    for source in document.get("sources") or []:
+        if isinstance(source, dict) and isinstance(source.get("root"), str):
+            source["root"] = base / Path(source["root"]).expanduser()
+    if isinstance(document.get("vocabulary"), str):
+        document["vocabulary"] = base / document["vocabulary"]
+    try:
+        loaded = SourcesFile.model_validate({**document, "path": path})
+    except ValidationError as error:
+        raise SourcesError(f"{path}: {_first_errors(error)}") from None
+    _check_names(loaded)
+    return loaded
+
+
+def _check_names(loaded: SourcesFile) -> None:
+    terms = loaded.terms()
+    seen: set[str] = set()
+    for source in loaded.sources:
+        if source.name in seen:
+            raise SourcesError(f"{loaded.path}: two sources are named {source.name!r}")
+        seen.add(source.name)
+        if not source.root.is_dir():
+            raise SourcesError(f"{loaded.path}: source {source.name!r}: root {source.root} is not a folder")
+        mapped = [] if isinstance(source.classes, str) else [name for name in (source.classes or {}).values() if name]
+        for name in [*mapped, *source.exhaustive, *source.expected_images]:
+            if name not in terms:
+                raise SourcesError(
+                    f"{loaded.path}: source {source.name!r}: {name!r} is not in the vocabulary "
+                    f"({', '.join(terms)}); add it to a file of your own and name that as `vocabulary:`"
+                )
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise SourcesError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourcesError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise SourcesError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(document, dict):
+        raise SourcesError(f"{path}: expected keys and values, got {type(document).__name__}")
+    return document
+
+
+def _first_errors(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if part not in {"path"})
+        lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}" if key else item["msg"])
+    return "; ".join(lines)

@@ -1,0 +1,65 @@
+"""What several tests share: built once, small, offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+THIRD_PARTY = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def third_party() -> Path:
+    """Real annotation files by others, which lie beside the clone where somebody put them."""
+    if not THIRD_PARTY.is_dir():
+        pytest.skip("third-party files are not shipped")
+    return THIRD_PARTY
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty phantoms in every annotation format, and as many clinical cases."""
+    from data_builders.phantom_formats import write_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, count=40, cases=80, seed=3, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vqa_dataset(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VQA dataset folder of the phantoms' YOLO boxes."""
+    from data_builders.sources import load_sources
+    from data_builders.vqa import build_vqa
+
+    folder = tmp_path_factory.mktemp("data") / "vqa"
+    build_vqa(load_sources(phantoms / "sources.yaml"), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def instruct_dataset(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat dataset folder of the phantoms' clinical cases."""
+    from data_builders.instruct import build_instruct
+    from data_builders.sources import load_sources
+
+    folder = tmp_path_factory.mktemp("data") / "instruct"
+    build_instruct(load_sources(phantoms / "cases.yaml"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Gemma 3 with its processor."""
+    from dentalgemma.models.tiny import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_model(folder)
+    return folder

@@ -1,0 +1,204 @@
+"""Closed questions with four options from a split of a dataset folder: what is asked before and after training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import pyarrow.parquet as pq
+
+from data_builders.compose.wording import Wording
+from data_builders.dataset_folder import BuildError, write_jsonl
+from data_builders.dentition import REGIONS
+from data_builders.sources import Language, Vocabulary, load_vocabulary
+
+LETTERS = "ABCD"
+QUESTION_TYPES = ("diagnosis", "location")
+NEEDS = (
+    "a question needs an image with one kind of disease and three others whose absence may be stated (`exhaustive`), "
+    "or a disease that a panoramic shows exactly once, in one region"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What is asked of an image: the finding asked for, the right value, and three that the annotations rule out.
+
+    Values are labels for `diagnosis` and regions for `location`.
+    """
+
+    question_type: str
+    record: Mapping
+    finding: str
+    right: str
+    wrong: tuple[str, ...]
+
+    @property
+    def pair_id(self) -> str:
+        key = "/".join((self.record["source"], self.record["image_id"], self.question_type, self.finding))
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def build_probe(
+    dataset_dir: Path,
+    split: str,
+    out: Path,
+    *,
+    languages: Sequence[Language] = ("en",),
+    seed: int = 0,
+    vocabulary: Path | None = None,
+) -> int:
+    """Write closed questions on the images of `split` to `out` (JSONL) and return their number.
+
+    The images lie beside it in `<name of out>_images`, as the bytes they had. Each letter is the right one equally
+    often. With several languages every question is there in each, with the same options in the same order and one
+    `pair_id`. `vocabulary` is the file of own findings that the dataset was built with, if there was one.
+
+    Raises:
+        BuildError: when there is no such dataset, split or language, or nothing that can be asked.
+    """
+    out = Path(out)
+    unknown = set(languages) - set(get_args(Language))
+    if unknown or not languages:
+        raise BuildError(f"no language {', '.join(sorted(unknown))!r}; choose among {', '.join(get_args(Language))}")
+    shards = sorted((Path(dataset_dir) / "data").glob(f"{split}-*.parquet"))
+    records = _read_records(Path(dataset_dir), split)
+    available = {image_id for shard in shards for image_id in _image_ids(shard)}
+    terms = load_vocabulary(vocabulary)
+    drafts = [draft for draft in _draft(records, terms, seed) if draft.record["image_id"] in available]
+    if not drafts:
+        raise BuildError(f"{dataset_dir}: nothing can be asked about split {split!r}: {NEEDS}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f"{out.stem}_images")
+    names = _write_images(shards, {draft.record["image_id"] for draft in drafts}, folder)
+    keys = _balanced_keys(drafts, seed)
+    items = [
+        _item(draft, keys[draft.pair_id], language, terms, seed) | {"image": names[draft.record["image_id"]]}
+        for draft in drafts
+        for language in languages
+    ]
+    partial = out.with_name(out.name + ".partial")
+    write_jsonl(partial, items)
+    partial.replace(out)
+    return len(items)
+
+
+def _read_records(dataset_dir: Path, split: str) -> list[Mapping]:
+    path = dataset_dir / "records.jsonl"
+    if not path.is_file():
+        raise BuildError(f"{path}: no such file; build the dataset folder with `dentalgemma build`")
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    if not records:
+        raise BuildError(f"{path} holds no image; build the dataset folder again with `dentalgemma build`")
+    chosen = [record for record in records if record["split"] == split]
+    if not chosen:
+        there = ", ".join(sorted({record["split"] for record in records}))
+        raise BuildError(f"{path} has no image in split {split!r}; choose among {there}")
+    return chosen
+
+
+def _draft(records: Sequence[Mapping], terms: Vocabulary, seed: int) -> Iterator[Draft]:
+    """Yield what can be asked of each image; a picture that two sources annotate is judged by both together."""
+    shown: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        for label in {*record["exhaustive"], *(finding["label"] for finding in record["findings"])} - set(terms):
+            raise BuildError(f"{label!r} is not in the vocabulary; name the file that the sources file names")
+        shown[record["image_id"]] += [finding["label"] for finding in record["findings"]]
+    for record in records:
+        labels = shown[record["image_id"]]
+        diseases = sorted({label for label in labels if terms[label].kind == "pathology"})
+        rng = random.Random(f"{seed}/{record['source']}/{record['image_id']}")
+        if len(diseases) == 1 and any(finding["label"] == diseases[0] for finding in record["findings"]):
+            absent = [x for x in sorted(set(record["exhaustive"])) if _may_be_wrong(x, diseases[0], labels, terms)]
+            if len(absent) >= 3:
+                yield Draft("diagnosis", record, diseases[0], diseases[0], tuple(rng.sample(absent, 3)))
+        if record["modality"] != "panoramic" or not record["locations"]:
+            continue
+        for finding in record["findings"]:
+            label, region = finding["label"], finding["region"]
+            if label in diseases and labels.count(label) == 1 and region in REGIONS:
+                others = [other for other in REGIONS if other != region]
+                yield Draft("location", record, label, region, tuple(rng.sample(others, 3)))
+
+
+def _may_be_wrong(label: str, right: str, shown: Sequence[str], terms: Vocabulary) -> bool:
+    """Whether a disease is a wrong answer: not there, and not another name of the right one (caries, deep caries)."""
+    term = terms[label]
+    same_code = term.icd10cm is not None and term.icd10cm == terms[right].icd10cm
+    return term.kind == "pathology" and label not in shown and not same_code
+
+
+def _balanced_keys(drafts: Sequence[Draft], seed: int) -> dict[str, str]:
+    """The right letter of each question: in a seeded order of the questions of one type, A to D in turn."""
+    keys = {}
+    for question_type in QUESTION_TYPES:
+        ids = [draft.pair_id for draft in drafts if draft.question_type == question_type]
+        ids.sort(key=lambda pair_id: hashlib.sha256(f"{seed}/{pair_id}".encode()).digest())
+        keys |= {pair_id: LETTERS[number % len(LETTERS)] for number, pair_id in enumerate(ids)}
+    return keys
+
+
+def _item(draft: Draft, key: str, language: Language, terms: Vocabulary, seed: int) -> dict:
+    record = draft.record
+    values = list(draft.wrong)
+    random.Random(f"{seed}/{draft.pair_id}").shuffle(values)
+    values.insert(LETTERS.index(key), draft.right)
+    words = Wording(language, terms, random.Random(f"{seed}/{draft.pair_id}/question"))
+    question = words.draw(
+        draft.question_type,
+        "questions",
+        image=words.image(record["modality"]),
+        finding=words.name(draft.finding),
+        the=words.the(draft.finding),
+    )
+    return {
+        "item_id": f"{draft.pair_id}-{language}",
+        "pair_id": draft.pair_id,
+        "image_id": record["image_id"],
+        "question": question,
+        "options": {
+            letter: _option(draft, value, language, terms, seed) for letter, value in zip(LETTERS, values, strict=True)
+        },
+        "answer": key,
+        "question_type": draft.question_type,
+        "language": language,
+        "finding": draft.finding,
+        "modality": record["modality"],
+        "source": record["source"],
+        "group_id": record["group_id"],
+    }
+
+
+def _option(draft: Draft, value: str, language: Language, terms: Vocabulary, seed: int) -> str:
+    """An option as the family words its answers; all options of a question draw the same phrase."""
+    words = Wording(language, terms, random.Random(f"{seed}/{draft.pair_id}/options"))
+    if draft.question_type == "diagnosis":
+        return words.draw("diagnosis", "answers", condition=words.condition(value))
+    return words.draw("location", "answers", in_region=words.in_region(value))
+
+
+def _image_ids(shard: Path) -> set[str]:
+    return set(pq.read_table(shard, columns=["image_id"])["image_id"].to_pylist())
+
+
+def _write_images(shards: Sequence[Path], wanted: set[str], folder: Path) -> dict[str, str]:
+    """Write the images as files; returns their paths relative to the folder's parent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[str, str] = {}
+    for shard in shards:
+        # A few rows at a time: read as a whole, the column would hold an image's bytes once per row.
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=16, columns=["image_id", "images"]):
+            for image_id, images in zip(batch["image_id"].to_pylist(), batch["images"], strict=True):
+                if image_id in wanted and image_id not in names:
+                    image = images[0].as_py()
+                    name = f"{image_id[:16]}{Path(image['path'] or '').suffix.lower()}"
+                    (folder / name).write_bytes(image["bytes"])
+                    names[image_id] = f"{folder.name}/{name}"
+    return names

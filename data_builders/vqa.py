@@ -1,0 +1,299 @@
+"""The VQA builder: from a sources file to a dataset folder in which every answer is carried by an annotation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from data_builders.audit import SourceContent, count_problems, read_sources
+from data_builders.chat import SPLITS, SYSTEM_PROMPT, Row, answer_messages, prompt_messages
+from data_builders.claims import check_claims, claims_to_json, place_findings
+from data_builders.compose.questions import FAMILIES, Pair, compose_pairs
+from data_builders.dataset_folder import BuildError, new_folder, write_card, write_jsonl, write_report, write_rows
+from data_builders.records import ImageRecord, Problem
+from data_builders.sources import Source, SourcesFile
+from data_builders.splits import group_records, split_groups
+
+BLOCKING = ("class_map_incomplete", "names_missing", "label_attribute_needed")  # what only the user can settle
+
+
+def build_vqa(
+    sources_file: SourcesFile,
+    out: Path,
+    *,
+    seed: int | None = None,
+    workers: int = 2,
+    strict: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Build the dataset folder `out` and return its build report.
+
+    Findings and images with a problem are left out and counted; with `strict` any error stops the build instead.
+
+    Raises:
+        BuildError: when a label is outside the class map, when nothing is left to build, or, with `strict`, on errors.
+    """
+    seed = sources_file.seed if seed is None else seed
+    contents = read_sources(sources_file, workers=workers, progress=progress)
+    _stop_on_errors(contents, strict=strict)
+    records, duplicates = _usable_records(contents)
+    if not records:
+        raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
+    sources = {source.name: source for source in sources_file.sources}
+    records = _with_groups(records, sources)
+    splits = split_groups(
+        [record.group_id for record in records],
+        [record.source for record in records],
+        shares=sources_file.split,
+        seed=seed,
+    )
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    pairs = _compose(records, sources_file, seed)
+    for row, pair, record in track(pairs, "Composing", total=None, console=Console(stderr=True), disable=not progress):
+        rows[splits[record.group_id]].append((row, pair))
+    balanced = {split: _balance(items) for split, items in rows.items()}
+    paths = {record.image_id: record.path for record in reversed(records)}
+    with new_folder(out) as folder:
+        written = write_rows(folder, balanced, lambda image_id: _read_image(image_id, paths[image_id]))
+        write_jsonl(folder / "records.jsonl", _records(records, sources, splits))
+        report = _report(contents, duplicates, balanced, written, seed)
+        body = _card(report, sources_file)
+        write_card(
+            folder,
+            body,
+            written,
+            with_images=True,
+            language=list(sources_file.languages),
+            task_categories=["image-text-to-text"],
+            tags=["dental", "medical", "vqa", "dentalgemma"],
+            license="other",
+            license_name="per-source",
+            license_link="#sources-and-licences",
+        )
+        write_report(folder, report)
+    return report
+
+
+def _stop_on_errors(contents: Sequence[SourceContent], *, strict: bool) -> None:
+    problems = [problem for content in contents for problem in content.problems]
+    fatal = [p for p in problems if p.code in BLOCKING or (strict and p.severity == "error")]
+    if fatal:
+        shown = "\n".join(str(problem) for problem in fatal[:20])
+        more = f"\n… and {len(fatal) - 20} more" if len(fatal) > 20 else ""
+        raise BuildError(f"{len(fatal)} problems stop the build:\n{shown}{more}")
+
+
+def _usable_records(contents: Sequence[SourceContent]) -> tuple[list[ImageRecord], list[Problem]]:
+    """Records whose image was decoded; of files of one source that show the same pixels, the first one.
+
+    Where such files are annotated differently nobody knows which is right, and all of them are left out.
+    """
+    usable, problems = [], []
+    for content in contents:
+        same_pixels: dict[str, list[ImageRecord]] = defaultdict(list)
+        for record in content.records:
+            if record.image_id:
+                same_pixels[record.image_id].append(record)
+        for first, *others in same_pixels.values():
+            names = ", ".join(other.path.name for other in others)
+            if any(_labels(other) != _labels(first) for other in others):
+                message = f"shows the same pixels as {names} but is annotated differently; all are left out"
+                problems.append(Problem("contradicting_duplicate", "error", first.path, None, message))
+                continue
+            if others:
+                message = f"shows the same pixels as {names}; built once"
+                problems.append(Problem("duplicate_image", "warning", first.path, None, message))
+            usable.append(first)
+    return usable, problems
+
+
+def _labels(record: ImageRecord) -> Counter:
+    return Counter((finding.label, finding.tooth) for finding in record.findings)
+
+
+def _with_groups(records: Sequence[ImageRecord], sources: Mapping[str, Source]) -> list[ImageRecord]:
+    """Give each record its group, its findings ids without file names, and deny nothing that another source shows."""
+    shown: dict[str | None, set[str]] = defaultdict(set)
+    for record in records:
+        shown[record.image_id].update(finding.label for finding in record.findings)
+    ready = []
+    for record, group_id in zip(records, group_records(records, sources), strict=True):
+        own = {finding.label for finding in record.findings}
+        deniable = tuple(label for label in record.exhaustive if label in own or label not in shown[record.image_id])
+        findings = tuple(
+            replace(finding, finding_id=f"{record.source}/{(record.image_id or '')[:12]}/{number}", where="")
+            for number, finding in enumerate(record.findings)
+        )
+        ready.append(replace(record, group_id=group_id, exhaustive=deniable, findings=findings))
+    return sorted(ready, key=lambda record: (record.source, record.image_id or ""))
+
+
+def _compose(
+    records: Iterable[ImageRecord], sources_file: SourcesFile, seed: int
+) -> Iterator[tuple[Row, Pair, ImageRecord]]:
+    """Yield every row; one whose claims the annotations do not carry is our own bug and stops the build."""
+    vocabulary = sources_file.terms()
+    sources = {source.name: source for source in sources_file.sources}
+    for record in records:
+        source = sources[record.source]
+        placed = place_findings(record, locations=source.locations)
+        for language in sources_file.languages:
+            for pair in compose_pairs(
+                record,
+                vocabulary=vocabulary,
+                language=language,
+                seed=seed,
+                locations=source.locations,
+                families=sources_file.families or tuple(FAMILIES),
+            ):
+                wrong = check_claims(pair.claims, placed, record.exhaustive)
+                if wrong:
+                    raise BuildError(f"{record.path}: {pair.question_type}: {'; '.join(wrong)}")
+                yield _row(pair, record, source, language, sources_file.system_prompt), pair, record
+
+
+def _row(pair: Pair, record: ImageRecord, source: Source, language: str, system_prompt: str | None) -> Row:
+    assert record.image_id and record.group_id
+    claims = claims_to_json(pair.claims)
+    key = "/".join((record.source, record.image_id, language, pair.question_type, claims))
+    return Row(
+        images=[record.image_id],
+        prompt=prompt_messages(pair.question, SYSTEM_PROMPT if system_prompt is None else system_prompt),
+        completion=answer_messages(pair.answer),
+        row_id=hashlib.sha256(key.encode()).hexdigest()[:16],
+        image_id=record.image_id,
+        group_id=record.group_id,
+        source=record.source,
+        license=source.license,
+        language=language,
+        question_type=pair.question_type,
+        claims=claims,
+    )
+
+
+def _balance(items: Sequence[tuple[Row, Pair]]) -> list[Row]:
+    """As many "yes" as "no" for every condition of a source and language; which stay is decided by the row's id."""
+    verdicts: dict[tuple, dict[bool, list[Row]]] = defaultdict(lambda: {True: [], False: []})
+    kept = []
+    for row, pair in items:
+        if pair.verdict is None:
+            kept.append(row)
+        else:
+            verdicts[row["source"], row["language"], pair.asks][pair.verdict].append(row)
+    for answers in verdicts.values():
+        number = min(len(answers[True]), len(answers[False]))
+        for rows in answers.values():
+            kept += sorted(rows, key=lambda row: row["row_id"])[:number]
+    return kept
+
+
+def _read_image(image_id: str, path: Path) -> tuple[str, bytes]:
+    return f"{image_id[:16]}{path.suffix.lower()}", path.read_bytes()
+
+
+def _records(
+    records: Iterable[ImageRecord], sources: Mapping[str, Source], splits: Mapping[str, str]
+) -> Iterator[dict]:
+    """What the checker, the gallery, probes and clinical scores need to know of each image; no file names."""
+    for record in records:
+        locations = sources[record.source].locations
+        findings = []
+        for item in place_findings(record, locations=locations):
+            document = {**asdict(item.finding), "region": item.region}
+            document.pop("where")
+            findings.append(document)
+        yield {
+            "image_id": record.image_id,
+            "source": record.source,
+            "group_id": record.group_id,
+            "split": splits[record.group_id],
+            "modality": record.modality,
+            "width": record.width,
+            "height": record.height,
+            "locations": locations,
+            "exhaustive": list(record.exhaustive),
+            "findings": findings,
+        }
+
+
+def _report(
+    contents: Sequence[SourceContent],
+    duplicates: Sequence[Problem],
+    rows: Mapping[str, Sequence[Row]],
+    written: Mapping[str, Mapping[str, int]],
+    seed: int,
+) -> dict:
+    all_rows = [row for split_rows in rows.values() for row in split_rows]
+    sources = []
+    for content in contents:
+        own = [row for row in all_rows if row["source"] == content.source.name]
+        sources.append(
+            {
+                "name": content.source.name,
+                "reader": content.source.reader,
+                "license": content.source.license,
+                "url": content.source.url,
+                "images_read": len(content.records),
+                "images_built": len({row["image_id"] for row in own}),
+                "rows": len(own),
+                "problem_counts": count_problems(content.problems),
+            }
+        )
+    problems = [problem for content in contents for problem in content.problems] + list(duplicates)
+    return {
+        "seed": seed,
+        "splits": dict(written),
+        "sources": sources,
+        "question_types": dict(sorted(Counter(row["question_type"] for row in all_rows).items())),
+        "problem_counts": count_problems(problems),
+        "severities": dict(sorted(Counter(problem.severity for problem in problems).items())),
+    }
+
+
+def _card(report: Mapping, sources_file: SourcesFile) -> str:
+    lines = [
+        "# Dental VQA dataset",
+        "",
+        "Questions and answers on dental images, composed from annotations with "
+        "[DentalGemma](https://github.com/dentalgemma/dentalgemma). Every statement of an answer is worded from a "
+        "claim in the column `claims`, which names the annotations behind it; `records.jsonl` holds those.",
+        "",
+        "| split | rows | images |",
+        "| --- | ---: | ---: |",
+        *(f"| {split} | {counts['rows']} | {counts['images']} |" for split, counts in report["splits"].items()),
+        "",
+        "No patient, no original behind augmented copies and no identical picture lies in two splits.",
+        "",
+        "## Sources and licences",
+        "",
+        "| source | format | images | rows | licence |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for source in report["sources"]:
+        licence = source["license"] or "not stated"
+        lines.append(
+            f"| {source['name']} | {source['reader']} | {source['images_built']} | {source['rows']} | {licence} |"
+        )
+    lines += [
+        "",
+        "The rows of each source stay under that source's licence. A licence that is not stated grants nothing.",
+        "",
+        "## Question types",
+        "",
+        *(f"- `{name}`: {count}" for name, count in report["question_types"].items()),
+        "",
+        "## Limits",
+        "",
+        'Answers say what was annotated, no more: "no sign of" appears only for conditions that the source annotates '
+        "exhaustively. Regions of a panoramic are derived from where a box lies and are approximate near their "
+        "borders. Not for diagnosis; for research and education.",
+        "",
+        f"Built from `{sources_file.path.name}` with seed {report['seed']}.",
+    ]
+    return "\n".join(lines) + "\n"

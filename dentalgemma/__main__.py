@@ -1,0 +1,3 @@
+from dentalgemma.cli import main
+
+main()

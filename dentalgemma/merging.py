@@ -1,0 +1,125 @@
+"""Fold an adapter into its base in fp32, cast once, and prove that the merged model answers as the adapter did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from dentalgemma.models.loading import LoadError, load_for_inference
+from dentalgemma.training.run_facts import read_run_facts
+
+CERTIFICATE = "merge_certificate.json"
+PARITY_PROMPT = "What abnormalities are visible on this panoramic radiograph, and where?"
+# fp32 rounding of a few thousand additions; a merge that garbles weights is off by whole units.
+PARITY_TOLERANCE = 1e-3
+
+
+class MergeError(RuntimeError):
+    """A merge that must not be used; the message says why."""
+
+    exit_code = 1
+
+
+def merge_adapter(run: Path, out: Path, *, base: str | None = None, dtype: str = "bfloat16") -> dict:
+    """Merge the adapter in `run` into its base, write a model folder to `out`, and return the merge certificate.
+
+    The arithmetic is fp32 throughout; `dtype` is what the weights are cast to at the very end. The folder holds
+    safetensors, processor, chat template, generation configuration and `merge_certificate.json`, and loads with plain
+    transformers.
+
+    Raises:
+        MergeError: when nothing changed, when the merged logits are not the adapter's, or when `out` is not empty.
+        LoadError: when base or adapter cannot be loaded.
+    """
+    run, out = Path(run), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise MergeError(f"{out} is not empty; choose another --out")
+    if not (run / "adapter_config.json").is_file():
+        raise LoadError(f"{run} holds no adapter (no adapter_config.json)")
+    base = base or PeftConfig.from_pretrained(str(run)).base_model_name_or_path
+    if base is None:
+        raise LoadError(f"{run} does not say which base it adapts; name it with --base")
+    model, processor = load_for_inference(base, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = PeftModel.from_pretrained(model, str(run)).eval()
+    inputs = _parity_inputs(processor)
+    expected = _logits(adapted, inputs)
+    merged = adapted.merge_and_unload()
+    found = _logits(merged, inputs)
+    certificate = {
+        "base_model": str(base),
+        "adapter": run.name,
+        "dtype": dtype,
+        **_compare_weights(before, merged.state_dict()),
+        **_compare_logits(expected, found),
+    }
+    if not certificate["changed_tensors"]:
+        raise MergeError(f"the adapter in {run} changes no weight of {base}; did it train?")
+    if certificate["max_logit_difference"] > PARITY_TOLERANCE:
+        raise MergeError(f"merged logits differ from the adapter's by {certificate['max_logit_difference']:.2g}")
+    merged.to(getattr(torch, dtype)).save_pretrained(out)
+    processor.save_pretrained(out)
+    certificate |= _reload(out, inputs, expected)
+    certificate["stages"] = _lineage(base, run)
+    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+    return certificate
+
+
+def _lineage(base: str, run: Path) -> list[dict]:
+    """The facts of every stage behind a model, the earliest first: those its base carries, then this run's."""
+    path = Path(base) / CERTIFICATE
+    earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
+    try:
+        return [*earlier, read_run_facts(run)]
+    except FileNotFoundError:
+        return earlier
+
+
+def _parity_inputs(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    from PIL import Image
+
+    picture = Image.linear_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": PARITY_PROMPT}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return model(**cast).logits.float()
+
+
+def _compare_weights(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict:
+    """Key sets, and how many tensors the merge changed."""
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())
+        raise MergeError(f"the merged model has other weights than its base, for example {odd[0]}")
+    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    return {"tensors": len(after), "changed_tensors": len(changed)}
+
+
+def _compare_logits(expected: torch.Tensor, found: torch.Tensor, prefix: str = "") -> dict:
+    difference = (expected - found).abs()
+    return {
+        f"{prefix}max_logit_difference": difference.max().item(),
+        f"{prefix}mean_logit_difference": difference.mean().item(),
+        f"{prefix}top1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+    }
+
+
+def _reload(folder: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> dict:
+    """Load the folder alone, as its users will, and compare again; this includes what the cast lost."""
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True).eval()
+    AutoProcessor.from_pretrained(folder)
+    return _compare_logits(expected, _logits(model, inputs), prefix="reloaded_")

@@ -1,0 +1,138 @@
+"""The page at the end of the quickstart: verdicts, answers in words, loss curves and rows, self-contained."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import Image, List, load_dataset
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from data_builders.chat import SYSTEM_PROMPT
+from data_builders.claims import claims_from_json
+from dentalgemma.models.loading import load_for_inference
+from dentalgemma.training.data import open_image
+from dentalgemma.training.run_facts import hardware, read_run_facts
+
+matplotlib.use("Agg")
+
+ANSWERS = 10
+ARM_NAMES = {
+    "base": "base",
+    "tuned": "tuned (both stages)",
+    "tuned_blank": "tuned, blank images",
+    "tuned_other": "tuned, another phantom's image",
+    "stage1": "after stage 1",
+    "control": "trained on shuffled images",
+}
+
+
+def write_page(folder: Path, summary: dict) -> Path:
+    """Write `index.html` into a quickstart's folder and return its path."""
+    models = {name: load_for_inference(folder / "models" / name) for name in ("base", "dentalgemma")}
+    answers = _answer_in_words(folder / "data" / "vqa", models)
+    device = hardware()
+    environment = Environment(
+        loader=PackageLoader("dentalgemma.publishing"),
+        undefined=StrictUndefined,
+        autoescape=select_autoescape(["jinja"]),
+    )
+    text = environment.get_template("quickstart.html.jinja").render(
+        summary=summary,
+        arms=ARM_NAMES,
+        total_minutes=sum(summary["seconds"].values()) / 60,
+        hardware=f"{device['device']}, {device.get('threads', device.get('count'))} threads",
+        parameters=models["base"][0].num_parameters(),
+        answers=answers,
+        right=sum(answer["tuned"] == answer["expected"] for answer in answers),
+        curves=_draw_curves(folder / "runs"),
+        samples=[*_samples(folder / "data" / "vqa", 5), *_samples(folder / "data" / "instruct", 1)],
+    )
+    page = folder / "index.html"
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def _answer_in_words(dataset: Path, models: dict) -> list[dict]:
+    """Let base and tuned model describe the first ten held-out images, and put the annotated answer beside."""
+    rows = load_dataset(str(dataset), split="test").cast_column("images", List(Image(decode=False)))
+    rows = rows.filter(lambda kind: kind == "findings_location", input_columns="question_type")
+    answers = []
+    for row in rows.select(range(min(ANSWERS, len(rows)))):
+        question = row["prompt"][-1]["content"]
+        said = {name: generate(*pair, row["images"][0], question) for name, pair in models.items()}
+        answers.append(
+            {
+                "picture": _data_url(row["images"][0]["bytes"]),
+                "question": question,
+                "expected": row["completion"][0]["content"],
+                "tuned": said["dentalgemma"],
+                "base": said["base"][:160],
+            }
+        )
+    return answers
+
+
+@torch.inference_mode()
+def generate(model, processor, image: dict, question: str, *, max_new_tokens: int = 64) -> str:
+    """The model's answer to one question on one image, decoded greedily."""
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": open_image(image)}, {"type": "text", "text": question}],
+        },
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.decode(output[0][inputs["input_ids"].shape[-1] :], skip_special_tokens=True).strip()
+
+
+def _samples(dataset: Path, count: int) -> list[dict]:
+    rows = load_dataset(str(dataset), split="train")
+    if "images" in rows.column_names:
+        rows = rows.cast_column("images", List(Image(decode=False)))
+    samples = []
+    for row in rows.select(range(count)):
+        claims = claims_from_json(row["claims"])
+        samples.append(
+            {
+                "picture": _data_url(row["images"][0]["bytes"]) if row.get("images") else None,
+                "question_type": row["question_type"],
+                "question": row["prompt"][-1]["content"],
+                "answer": row["completion"][0]["content"],
+                "claims": "; ".join(", ".join(claim.annotations) or "exhaustive labels" for claim in claims)
+                or "the case's own answer",
+            }
+        )
+    return samples
+
+
+def _draw_curves(runs: Path) -> str:
+    from matplotlib import pyplot
+
+    stages = [(name, read_run_facts(runs / name)["losses"]) for name in ("stage1_vqa", "dentalgemma")]
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(10, 3.4), layout="constrained")
+    for axis, (title, (_, losses)) in zip(
+        axes, zip(("Stage 1: VQA", "Stage 2: instruct"), stages, strict=True), strict=True
+    ):
+        for name, style in (("train", "-"), ("validation", "o--")):
+            points = losses[name]
+            axis.plot([p["step"] for p in points], [p["loss"] for p in points], style, label=name)
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss per answer token")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    return _data_url(buffer.getvalue(), "image/png")
+
+
+def _data_url(content: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,122 @@
+"""What a run recorded of itself, `run_facts.json`: the model card is rendered from it, nothing is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from trl import ModelConfig
+
+from dentalgemma import __version__
+from dentalgemma.models.parts import count_parameters
+from dentalgemma.training.config import StageConfig
+from dentalgemma.training.trainer import StageTrainer
+
+FILE_NAME = "run_facts.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface-hub")
+HYPERPARAMETERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "gradient_checkpointing",
+    "max_length",
+    "seed",
+)
+
+
+def write_run_facts(trainer: StageTrainer, stage: StageConfig, model_config: ModelConfig, dataset: DatasetDict) -> None:
+    """Write the facts of a finished run into its folder; in a distributed run the first process does."""
+    if not trainer.is_world_process_zero():
+        return
+    state, args = trainer.state, trainer.args
+    facts = {
+        "stage": stage.stage,
+        "trains": stage.trains,
+        "base_model": model_config.model_name_or_path,
+        "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "dataset": stage.dataset_name,
+        "dataset_rows": {split: len(rows) for split, rows in dataset.items()},
+        "dataset_fingerprints": {split: rows._fingerprint for split, rows in dataset.items()},
+        "parts": count_parameters(trainer.model),
+        "lora": {"r": model_config.lora_r, "alpha": model_config.lora_alpha, "dropout": model_config.lora_dropout},
+        "dtype": model_config.dtype,
+        "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
+        "processes": args.world_size,
+        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "best_step": _step_of(state.best_model_checkpoint),
+        "best_metric": {args.metric_for_best_model: state.best_metric} if args.metric_for_best_model else None,
+        "seconds": _last(state.log_history, "train_runtime"),
+        "losses": losses(state.log_history),
+        "hardware": hardware(),
+        "versions": {"dentalgemma": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    (Path(args.output_dir) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_run_facts(run: Path) -> dict:
+    """Read the facts of a run folder.
+
+    Raises:
+        FileNotFoundError: when the folder holds none, as while the run still goes on.
+    """
+    path = Path(run) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {run} is no folder of a finished run")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def losses(log_history: list[dict]) -> dict[str, list[dict[str, float]]]:
+    """Training and validation losses by step."""
+    train = [{"step": entry["step"], "loss": entry["loss"]} for entry in log_history if "loss" in entry]
+    held_out = [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in log_history if "eval_loss" in entry]
+    return {"train": train, "validation": held_out}
+
+
+def hardware() -> dict[str, object]:
+    """The device that trains, and how many of them this process sees."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+    return {"device": f"CPU {platform.machine()}", "threads": torch.get_num_threads()}
+
+
+def _last(log_history: list[dict], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log_history) if key in entry), None)
+
+
+def _step_of(checkpoint: str | None) -> int | None:
+    return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else None
+
+
+def _plain(value: object) -> object:
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and hardware for a bug report: no paths, no environment variables, no names."""
+    device = hardware()
+    return {
+        "dentalgemma": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: version(name) for name in PACKAGES},
+        "device": ", ".join(f"{value}" for value in device.values()),
+    }

@@ -16,7 +16,15 @@ from data_builders.dentition import parse_fdi, parse_tooth_type
 from data_builders.records import Modality
 
 Language = Literal["en", "es"]
-READERS = ("yolo", "dota", "coco", "via", "class_folders", "cases")
+Family = Literal[
+    "diagnosis",
+    "findings",
+    "location",
+    "presence",
+    "structured_report",
+    "tooth_types",
+    "completeness",
+]
 
 
 class SourcesError(ValueError):
@@ -117,15 +125,6 @@ class Source(BaseModel):
     expected_images: Mapping[str, int] = Field(default_factory=dict)
     group: Group | None = None
 
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _no_yaml_booleans(cls, classes: object) -> object:
-        if isinstance(classes, dict):
-            for raw in classes:
-                if isinstance(raw, bool) or not isinstance(raw, (int, str)):
-                    raise ValueError(f"label {raw!r} is not a number or a text; put it in quotes")
-        return classes
-
     @model_validator(mode="after")
     def _has_what_its_reader_needs(self) -> Source:
         if self.reader != "cases":
@@ -170,7 +169,7 @@ class SourcesFile(BaseModel):
     split: Shares = Shares()
     vocabulary: Path | None = None
     system_prompt: str | None = None
-    families: tuple[str, ...] | None = None
+    families: tuple[Family, ...] | None = None
     sources: tuple[Source, ...] = Field(min_length=1)
 
     def terms(self) -> Vocabulary:
@@ -230,9 +229,27 @@ def _check_names(loaded: SourcesFile) -> None:
                 )
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may not come twice, nor be a boolean: `no: …` is False to YAML, and False equals 0."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, bool):
+                message = f"the key {key_node.value!r} is a boolean to YAML; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            if not isinstance(key, list) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        document = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise SourcesError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -250,5 +267,8 @@ def _first_errors(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if part not in {"path"})
-        lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}" if key else item["msg"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "literal_error":
+            message += f", got {item['input']!r}"
+        lines.append(f"{key}: {message}" if key else message)
     return "; ".join(lines)

@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 IMAGES, CASES = 2400, 800
+TOWER_STEPS = 300
 FAMILIES = ("diagnosis", "location", "findings")
 BASE_SEED = 1_000_003  # the base learns to see on phantoms that no dataset holds
 ARMS = {
@@ -39,7 +40,7 @@ COMMON = {
     "--logging_steps": 20,
 }
 STAGE1 = {"--learning_rate": 3e-3, "--max_steps": 700, "--eval_steps": 175, "--save_steps": 175, "--lora_dropout": 0}
-STAGE2 = {"--learning_rate": 1e-3, "--max_steps": 120, "--eval_steps": 30, "--save_steps": 30, "--lora_dropout": 0}
+STAGE2 = {"--learning_rate": 5e-4, "--max_steps": 150, "--eval_steps": 50, "--save_steps": 50, "--lora_dropout": 0}
 
 console = Console(stderr=True)
 
@@ -136,7 +137,7 @@ def make_base(run: Rehearsal) -> None:
     with run.step("Make the small base model"):
         base = run.folder / "models" / "base"
         make_tiny_model(base, seed=run.seed)
-        sight = teach_tower(base, seed=BASE_SEED + run.seed)
+        sight = teach_tower(base, seed=BASE_SEED + run.seed, steps=TOWER_STEPS)
         console.print(
             f"tower: finds {sight['recall']:.0%} of the marks, {sight['precision']:.0%} of its claims are right"
         )

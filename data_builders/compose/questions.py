@@ -15,7 +15,7 @@ from data_builders.claims import Claim, Placed, claim_present, place_findings
 from data_builders.compose.wording import Wording, fill
 from data_builders.dentition import PERMANENT, REGIONS, THIRD_MOLARS, TOOTH_TYPES, tooth_type
 from data_builders.records import ImageRecord
-from data_builders.sources import Language, Vocabulary
+from data_builders.sources import Family, Language, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _findings(scene: Scene, words: Wording) -> Iterator[Pair]:
     image = words.image(scene.record.modality)
     visible = scene.pathology if scene.located else _said_without_place(scene)
     family = "findings_location" if scene.located else "findings"
-    if visible:
+    if visible and (scene.pathology or not scene.deniable):
         claims = scene.claims_by_place(visible)
         findings = words.list(words.finding(claim) for claim in claims)
         answer = words.draw(family, "answers", image=image, findings=findings)
@@ -205,7 +205,7 @@ def _completeness(scene: Scene, words: Wording) -> Iterator[Pair]:
     yield Pair("completeness", question, answer, claims)
 
 
-FAMILIES: dict[str, Callable[[Scene, Wording], Iterator[Pair]]] = {
+FAMILIES: dict[Family, Callable[[Scene, Wording], Iterator[Pair]]] = {
     "diagnosis": _diagnosis,
     "findings": _findings,
     "location": _location,
@@ -223,7 +223,7 @@ def compose_pairs(
     language: Language,
     seed: int,
     locations: bool = True,
-    families: tuple[str, ...] = tuple(FAMILIES),
+    families: tuple[Family, ...] = tuple(FAMILIES),
 ) -> Iterator[Pair]:
     """Yield the pairs for one image; the same image always gets the same pairs, whatever else is built."""
     scene = Scene(record, place_findings(record, locations=locations), vocabulary)

@@ -1,0 +1,67 @@
+"""The wheel holds what a user runs, and the ranges and pins agree."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+from conftest import REPOSITORY
+from packaging.requirements import Requirement
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, files):
+        if (REPOSITORY / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return set(wheel.namelist())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dentalgemma/cli.py",
+        "dentalgemma/recipes/stage1_vqa.py",
+        "dentalgemma/recipes/stage1_vqa.yaml",
+        "dentalgemma/recipes/stage2_instruct.yaml",
+        "dentalgemma/recipes/accelerate/cpu.yaml",
+        "dentalgemma/publishing/templates/model_card.md.jinja",
+        "dentalgemma/publishing/templates/quickstart.html.jinja",
+        "data_builders/readers/yolo.py",
+        "data_builders/compose/vocabulary.yaml",
+        "data_builders/compose/phrases/es.yaml",
+    ],
+)
+def test_the_wheel_holds_code_recipes_and_data(wheel_names, name):
+    assert name in wheel_names
+
+
+def test_the_wheel_holds_no_tests_and_no_top_level_recipes(wheel_names):
+    assert {name.split("/")[0] for name in wheel_names if ".dist-info" not in name} == {"dentalgemma", "data_builders"}
+
+
+def test_every_pin_lies_in_its_range():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = {Requirement(line).name.lower().replace("_", "-"): line.split("==")[1] for line in lines if "==" in line}
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_the_core_needs_neither_torchvision_nor_ultralytics_nor_bitsandbytes():
+    names = {Requirement(line).name for line in PROJECT["dependencies"]}
+
+    assert not names & {"torchvision", "ultralytics", "bitsandbytes", "deepspeed"}

@@ -1,0 +1,267 @@
+"""The dataset folder: reproducible to the byte, images once, nothing leaked, nothing half-written."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from data_builders.claims import Claim, Placed, check_claims, claims_from_json
+from data_builders.dataset_folder import BuildError
+from data_builders.records import Finding
+from data_builders.sources import SourcesError, load_sources
+from data_builders.vqa import build_vqa
+
+
+def build(sources, out, **options):
+    return build_vqa(load_sources(sources), out, progress=False, **options)
+
+
+def digest(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files(folder)}
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def yolo_source(folder, lines, *, extra=""):
+    """A YOLO source of three drawn pictures whose label files hold `lines`."""
+    for number in range(3):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        (folder / "labels").mkdir(exist_ok=True)
+        Image.new("L", (40, 20), 60 * number).save(folder / "images" / f"p{number}.png")
+        (folder / "labels" / f"p{number}.txt").write_text(lines)
+    text = (
+        f"sources:\n  - {{name: s, reader: yolo, root: ., modality: panoramic, "
+        f"classes: {{0: caries, 1: infection}}, exhaustive: [caries, infection]{extra}}}\n"
+    )
+    (folder / "sources.yaml").write_text(text)
+    return folder / "sources.yaml"
+
+
+def test_the_folder_loads_as_datasets_and_trl_expect(vqa_dataset):
+    dataset = load_dataset(str(vqa_dataset))
+    row = dataset["train"][0]
+
+    assert set(dataset) == {"train", "validation", "test"}
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+    assert [message["role"] for message in row["completion"]] == ["assistant"]
+    assert row["images"][0].size == (448, 224)
+    assert row["license"] == "Apache-2.0"
+    assert json.loads(row["claims"])["schema_version"] == 1
+
+
+@pytest.mark.parametrize(("hash_seed", "workers"), [("1", 1), ("2", 3)])
+def test_rows_do_not_depend_on_hash_seed_or_workers(phantoms, vqa_dataset, tmp_path, hash_seed, workers):
+    command = [
+        sys.executable,
+        "-m",
+        "dentalgemma",
+        "build",
+        str(phantoms / "sources.yaml"),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    subprocess.run(
+        [*command, "--workers", str(workers), "--json"],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        check=True,
+        capture_output=True,
+    )
+
+    assert digest(tmp_path / "b") == digest(vqa_dataset)
+
+
+def test_another_seed_asks_otherwise(phantoms, vqa_dataset, tmp_path):
+    build(phantoms / "sources.yaml", tmp_path / "b", seed=99)
+
+    assert digest(tmp_path / "b")["records.jsonl"] != digest(vqa_dataset)["records.jsonl"]
+
+
+def test_each_image_is_stored_once_with_its_original_bytes(phantoms, vqa_dataset):
+    stored = b"".join(path.read_bytes() for path in files(vqa_dataset) if path.suffix == ".parquet")
+    originals = [path.read_bytes() for path in (phantoms / "images").glob("*.jpg")]
+    rows = sum(pq.read_metadata(path).num_rows for path in vqa_dataset.rglob("*.parquet"))
+
+    assert rows > 3 * len(originals)
+    # Compressed pages hold JPEG bytes verbatim or not at all: the size tells whether they are there twice.
+    assert len(stored) < 1.3 * sum(map(len, originals))
+    table = pq.read_table(vqa_dataset / "data").to_pylist()
+    assert {row["images"][0]["bytes"] for row in table} <= set(originals)
+
+
+def test_images_carry_no_file_names(vqa_dataset):
+    table = pq.read_table(vqa_dataset / "data").to_pylist()
+
+    assert all(row["images"][0]["path"] == row["image_id"][:16] + ".jpg" for row in table)
+    assert not any(b"phantom000" in path.read_bytes() for path in files(vqa_dataset))
+
+
+def test_no_image_and_no_group_is_in_two_splits(vqa_dataset):
+    dataset = load_dataset(str(vqa_dataset))
+
+    for column in ("image_id", "group_id"):
+        owners = [set(rows[column]) for rows in dataset.values()]
+        assert not any(a & b for i, a in enumerate(owners) for b in owners[i + 1 :])
+
+
+def test_every_row_is_proven_again_from_the_written_records(vqa_dataset):
+    """What stands in the folder suffices to check the folder."""
+    records = {}
+    for line in (vqa_dataset / "records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        placed = []
+        for entry in record["findings"]:
+            region = entry.pop("region")
+            placed.append(Placed(Finding(**entry), region))
+        records[record["source"], record["image_id"]] = placed, record["exhaustive"]
+    rows = 0
+    for row in pq.read_table(vqa_dataset / "data").to_pylist():
+        placed, exhaustive = records[row["source"], row["image_id"]]
+        assert check_claims(claims_from_json(row["claims"]), placed, exhaustive) == []
+        rows += 1
+    assert rows > 100
+    assert check_claims([Claim("caries", 99)], placed, exhaustive)
+
+
+def test_yes_and_no_are_equally_frequent_for_every_condition(vqa_dataset):
+    for rows in load_dataset(str(vqa_dataset)).values():
+        verdicts = {}
+        for row in rows.filter(lambda kind: kind == "presence", input_columns="question_type"):
+            claim = claims_from_json(row["claims"])[0]
+            verdicts.setdefault(claim.label, []).append(claim.negated)
+            assert row["completion"][0]["content"].startswith("No, " if claim.negated else "Yes, ")
+        assert all(asked.count(True) == asked.count(False) for asked in verdicts.values())
+
+
+def test_a_label_outside_the_map_stops_the_build_and_says_what_is_there(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n7 .5 .5 .1 .1\n")
+
+    with pytest.raises(BuildError, match=r"the class map lacks 7\. Labels present: 0 \(3\), 7 \(3\)"):
+        build(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_line_takes_the_no_away_from_its_image(tmp_path):
+    """The line may have held the very disease that a "no" would deny."""
+    good = yolo_source(tmp_path / "good", "0 .2 .7 .1 .1\n")
+    bad = yolo_source(tmp_path / "bad", "0 .2 .7 .1 .1\nnonsense\n")
+
+    assert '"negated":true' in rows_text(good, tmp_path / "a")
+    report = build(bad, tmp_path / "b")
+    assert report["problem_counts"]["bad_label_line"] == 3
+    assert '"negated":true' not in "".join(row["claims"] for row in pq.read_table(tmp_path / "b" / "data").to_pylist())
+
+
+def rows_text(sources, out):
+    build(sources, out)
+    return "".join(row["claims"] for row in pq.read_table(out / "data").to_pylist())
+
+
+def test_strict_stops_on_what_skip_leaves_out(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n0 nan .5 .1 .1\n")
+
+    build(sources, tmp_path / "skip")
+    with pytest.raises(BuildError, match=r"p0\.txt:2"):
+        build(sources, tmp_path / "strict", strict=True)
+
+
+def test_files_that_show_the_same_pixels_are_built_once_and_contradictions_not_at_all(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    images, labels = tmp_path / "s" / "images", tmp_path / "s" / "labels"
+    shutil.copy(images / "p0.png", images / "copy.png")
+    shutil.copy(labels / "p0.txt", labels / "copy.txt")
+    shutil.copy(images / "p1.png", images / "other.png")
+    (labels / "other.txt").write_text("1 .2 .7 .1 .1\n")
+
+    report = build(sources, tmp_path / "out")
+
+    assert report["problem_counts"] == {"contradicting_duplicate": 1, "duplicate_image": 1}
+    assert report["sources"][0]["images_built"] == 2
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    picture = tmp_path / "s" / "images" / "p0.png"
+    picture.write_bytes(picture.read_bytes()[:-20])
+
+    report = build(sources, tmp_path / "out")
+
+    assert report["problem_counts"] == {"image_unreadable": 1}
+    assert report["sources"][0]["images_built"] == 2
+
+
+def test_a_failed_build_leaves_the_old_folder_and_no_half_one(tmp_path, monkeypatch):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    build(sources, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    monkeypatch.setattr("data_builders.vqa.write_card", lambda *args, **kwargs: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        build(sources, tmp_path / "out", seed=5)
+    assert digest(tmp_path / "out") == before
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(BuildError, match="not empty"):
+        build(sources, tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_inputs_are_left_as_they_are(phantoms, tmp_path):
+    before = digest(phantoms / "yolo")
+    build(phantoms / "sources.yaml", tmp_path / "out")
+
+    assert digest(phantoms / "yolo") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(("reader: yolo", "reader: yolov5"), "sources.0.reader", id="unknown reader"),
+        pytest.param(("0: caries", "0: cavities"), "'cavities' is not in the vocabulary", id="unknown finding"),
+        pytest.param(("root: .", "root: nowhere"), "is not a folder", id="missing root"),
+        pytest.param(("modality: panoramic, ", ""), "needs 'modality'", id="no modality"),
+        pytest.param(("sources:", "source:"), "source: Extra inputs", id="misspelt key"),
+        pytest.param(("sources:", "sources: ["), ":2: not valid YAML", id="not YAML"),
+        pytest.param(("1: infection", "no: infection"), "put it in quotes", id="YAML's no is a boolean"),
+        pytest.param(("1: infection", "0: infection"), "the key 0 is there twice", id="key twice"),
+        pytest.param(("sources:", "families: [riddles]\nsources:"), "riddles", id="unknown family"),
+    ],
+)
+def test_a_wrong_sources_file_gets_one_error_that_names_the_key(tmp_path, change, message):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    sources.write_text(sources.read_text().replace(*change))
+
+    with pytest.raises(SourcesError, match=r"sources\.yaml") as raised:
+        load_sources(sources)
+    assert message in str(raised.value)
+
+
+def test_a_user_extends_the_vocabulary_without_code(tmp_path):
+    sources = yolo_source(tmp_path / "s", "1 .2 .7 .1 .1\n")
+    (tmp_path / "s" / "own.yaml").write_text(
+        "supernumerary_tooth:\n  kind: pathology\n"
+        "  en: {one: supernumerary tooth, other: supernumerary teeth, condition: a supernumerary tooth}\n"
+        "  es: {one: diente supernumerario, other: dientes supernumerarios, "
+        "condition: un diente supernumerario, gender: m}\n"
+    )
+    text = sources.read_text().replace("1: infection", "1: supernumerary_tooth").replace(", infection]", "]")
+    sources.write_text("vocabulary: own.yaml\nlanguages: [en, es]\n" + text)
+
+    build(sources, tmp_path / "out")
+
+    answers = " ".join(row["completion"][0]["content"] for row in pq.read_table(tmp_path / "out/data").to_pylist())
+    assert "a supernumerary tooth in the right mandibular region" in answers
+    assert "un diente supernumerario en la región mandibular derecha" in answers

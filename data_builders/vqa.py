@@ -53,10 +53,9 @@ def build_vqa(
         shares=sources_file.split,
         seed=seed,
     )
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    pairs = _compose(records, sources_file, seed)
-    for row, pair, record in track(pairs, "Composing", total=None, console=Console(stderr=True), disable=not progress):
-        rows[splits[record.group_id]].append((row, pair))
+    rows: dict[str, list[tuple[Row, Pair]]] = {split: [] for split in SPLITS}
+    for record in track(records, "Composing", console=Console(stderr=True), disable=not progress):
+        rows[splits[record.group_id]] += _compose(record, sources[record.source], sources_file, seed)
     balanced = {split: _balance(items) for split, items in rows.items()}
     paths = {record.image_id: record.path for record in reversed(records)}
     with new_folder(out) as folder:
@@ -134,28 +133,22 @@ def _with_groups(records: Sequence[ImageRecord], sources: Mapping[str, Source]) 
     return sorted(ready, key=lambda record: (record.source, record.image_id or ""))
 
 
-def _compose(
-    records: Iterable[ImageRecord], sources_file: SourcesFile, seed: int
-) -> Iterator[tuple[Row, Pair, ImageRecord]]:
-    """Yield every row; one whose claims the annotations do not carry is our own bug and stops the build."""
-    vocabulary = sources_file.terms()
-    sources = {source.name: source for source in sources_file.sources}
-    for record in records:
-        source = sources[record.source]
-        placed = place_findings(record, locations=source.locations)
-        for language in sources_file.languages:
-            for pair in compose_pairs(
-                record,
-                vocabulary=vocabulary,
-                language=language,
-                seed=seed,
-                locations=source.locations,
-                families=sources_file.families or tuple(FAMILIES),
-            ):
-                wrong = check_claims(pair.claims, placed, record.exhaustive)
-                if wrong:
-                    raise BuildError(f"{record.path}: {pair.question_type}: {'; '.join(wrong)}")
-                yield _row(pair, record, source, language, sources_file.system_prompt), pair, record
+def _compose(record: ImageRecord, source: Source, sources_file: SourcesFile, seed: int) -> Iterator[tuple[Row, Pair]]:
+    """Yield the rows of an image; one whose claims the annotations do not carry is our own bug and stops the build."""
+    placed = place_findings(record, locations=source.locations)
+    for language in sources_file.languages:
+        for pair in compose_pairs(
+            record,
+            vocabulary=sources_file.terms(),
+            language=language,
+            seed=seed,
+            locations=source.locations,
+            families=sources_file.families or tuple(FAMILIES),
+        ):
+            wrong = check_claims(pair.claims, placed, record.exhaustive)
+            if wrong:
+                raise BuildError(f"{record.path}: {pair.question_type}: {'; '.join(wrong)}")
+            yield _row(pair, record, source, language, sources_file.system_prompt), pair
 
 
 def _row(pair: Pair, record: ImageRecord, source: Source, language: str, system_prompt: str | None) -> Row:

@@ -308,15 +308,17 @@ def compare(
 @app.command()
 def card(
     model: Annotated[Path, typer.Argument(help="A merged model folder.")],
-    scores: Annotated[Path | None, typer.Option(help="Scores or a comparison (JSON) to put into the card.")] = None,
+    comparison: Annotated[
+        Path | None, typer.Option(help="Base against this model: what `compare --json` printed.")
+    ] = None,
 ) -> None:
-    """Write the model card from recorded facts: run facts, merge certificate, scores. Nothing is typed by hand.
+    """Write the model card from recorded facts: run facts, merge certificate, a comparison. Nothing is typed by hand.
 
-    Example: `dentalgemma card models/stage2_instruct --scores comparison.json`
+    Example: `dentalgemma card models/stage2_instruct --comparison comparison.json`
     """
     from dentalgemma.publishing.cards import write_model_card
 
-    out_console.print(f"Wrote {write_model_card(model, scores)}", soft_wrap=True)
+    out_console.print(f"Wrote {write_model_card(model, comparison)}", soft_wrap=True)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 IMAGES, CASES = 2400, 800
-TOWER_STEPS = 300
+TOWER = {"phantoms": 1500, "steps": 300}
 FAMILIES = ("diagnosis", "location", "findings")
 BASE_SEED = 1_000_003  # the base learns to see on phantoms that no dataset holds
 ARMS = {
@@ -137,7 +137,7 @@ def make_base(run: Rehearsal) -> None:
     with run.step("Make the small base model"):
         base = run.folder / "models" / "base"
         make_tiny_model(base, seed=run.seed)
-        sight = teach_tower(base, seed=BASE_SEED + run.seed, steps=TOWER_STEPS)
+        sight = teach_tower(base, seed=BASE_SEED + run.seed, **TOWER)
         console.print(
             f"tower: finds {sight['recall']:.0%} of the marks, {sight['precision']:.0%} of its claims are right"
         )

@@ -63,3 +63,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_sources(third_party: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One sources file over five real sets in four formats."""
+    path = tmp_path_factory.mktemp("real") / "sources.yaml"
+    path.write_text((REPOSITORY / "tests" / "data" / "real_sources.yaml").read_text().replace("DATA", str(third_party)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_dataset(real_sources: Path) -> Path:
+    """The VQA dataset folder built from the real sets."""
+    from data_builders.sources import load_sources
+    from data_builders.vqa import build_vqa
+
+    folder = real_sources.parent / "built"
+    build_vqa(load_sources(real_sources), folder, progress=False)
+    return folder

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from datasets import load_dataset, load_from_disk
+from datasets import Image, List, load_dataset, load_from_disk
 
 from dentalgemma import quickstart
 from dentalgemma.models.rehearsal import teach_tower
@@ -20,7 +20,7 @@ def finished(tmp_path_factory):
     patch.setattr(quickstart, "CASES", 60)
     patch.setattr(quickstart, "STAGE1", quickstart.STAGE1 | few)
     patch.setattr(quickstart, "STAGE2", quickstart.STAGE2 | few)
-    patch.setattr(quickstart, "TOWER_STEPS", 5)
+    patch.setattr(quickstart, "TOWER", {"phantoms": 64, "steps": 5})
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     page = quickstart.run_quickstart(folder, seed=2)
     patch.undo()
@@ -78,7 +78,8 @@ def test_the_control_shows_other_images_and_changes_nothing_else(vqa_dataset, tm
     for column in ("row_id", "prompt", "completion", "claims"):
         assert before["train"][column] == after["train"][column]
     assert before["test"]["row_id"] == after["test"]["row_id"]
-    pictures = [[row["images"][0].tobytes() for row in split["train"]] for split in (before, after)]
+    undecoded = [dataset["train"].cast_column("images", List(Image(decode=False))) for dataset in (before, after)]
+    pictures = [[row["images"][0]["bytes"] for row in rows] for rows in undecoded]
     assert set(pictures[0]) == set(pictures[1])
     moved = sum(a != b for a, b in zip(*pictures, strict=True))
     assert moved > 0.8 * len(pictures[0])
@@ -87,7 +88,7 @@ def test_the_control_shows_other_images_and_changes_nothing_else(vqa_dataset, tm
 def test_the_tower_learns_to_see(tmp_path):
     make_tiny_model(tmp_path)
     blind = teach_tower(tmp_path, seed=1, phantoms=200, steps=5, progress=False)
-    sighted = teach_tower(tmp_path, seed=1, phantoms=200, steps=120, progress=False)
+    sighted = teach_tower(tmp_path, seed=1, phantoms=200, steps=100, progress=False)
 
     assert sighted["recall"] > 0.5 > blind["precision"]
     assert sighted["precision"] > 2 * blind["precision"]

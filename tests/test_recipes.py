@@ -123,11 +123,18 @@ def test_stage_2_trains_text_on_the_same_model_class(tiny_model, instruct_datase
     assert facts["losses"]["train"][0]["loss"] > 0
 
 
-def test_trl_trains_on_the_dataset_folder_unchanged(tiny_model, vqa_dataset, tmp_path):
+def test_the_recipe_trains_on_a_dataset_of_real_files(tiny_model, real_dataset, tmp_path):
+    facts = launch("stage1_vqa", tiny_model, real_dataset, tmp_path / "run", **{"--max_steps": 2})
+
+    assert facts["steps"] == 2
+    assert facts["dataset_rows"]["train"] > 200
+
+
+def test_trl_trains_on_the_dataset_folder_unchanged(tiny_model, real_dataset, tmp_path):
     command = [Path(sys.executable).parent / "trl", "sft"]
     options = {
         "--model_name_or_path": tiny_model,
-        "--dataset_name": vqa_dataset,
+        "--dataset_name": real_dataset,
         "--output_dir": tmp_path,
         "--max_steps": 2,
         "--per_device_train_batch_size": 2,
@@ -136,7 +143,6 @@ def test_trl_trains_on_the_dataset_folder_unchanged(tiny_model, vqa_dataset, tmp
         "--dtype": "float32",
         "--report_to": "none",
         "--save_strategy": "no",
-        "--max_length": 512,
     }
     run([*command, *(part for option in options.items() for part in option)])
 

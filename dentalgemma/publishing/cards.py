@@ -38,7 +38,7 @@ def write_model_card(model: Path, comparison: Path | None = None) -> Path:
     stages = certificate["stages"]
     if not stages:
         raise CardError(f"{path} knows no stage: the merged run has no run_facts.json")
-    compared = json.loads(Path(comparison).read_text(encoding="utf-8")) if comparison else None
+    compared = _read_comparison(comparison) if comparison else None
     base = stages[0]["base_model"]
     body = (
         _environment()
@@ -61,6 +61,15 @@ def write_model_card(model: Path, comparison: Path | None = None) -> Path:
     )
     ModelCard(f"---\n{data}\n---\n\n{body}").save(model / "README.md")
     return model / "README.md"
+
+
+def _read_comparison(path: Path) -> dict:
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document["a"]["wilson"], document["b"]["wilson"], document["mcnemar_p"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CardError(f"{path} is no comparison; make it with `dentalgemma compare … --json > {path}`") from None
+    return document
 
 
 def _base_data(base: str) -> dict:

@@ -55,6 +55,7 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
             if problem:
                 problems.append(problem)
     problems += _check_patients(source, records)
+    problems += pick_unique(measured)[1]
     return SourceContent(source, tuple(measured), tuple(problems))
 
 
@@ -84,6 +85,33 @@ def _check_patients(source: Source, records: Sequence[ImageRecord]) -> list[Prob
         return []
     message = f"group pattern {source.group.pattern!r} does not fit {len(unmatched)} of {len(records)} file names"
     return [Problem("group_pattern", "warning", source.root, None, f"{message}, for example {unmatched[0]}")]
+
+
+def pick_unique(records: Iterable[ImageRecord]) -> tuple[list[ImageRecord], list[Problem]]:
+    """Of the decoded images of one source that show the same pixels the first one, and a problem for the others.
+
+    Where such files are annotated differently nobody knows which is right, and none is picked.
+    """
+    same_pixels: dict[str, list[ImageRecord]] = defaultdict(list)
+    for record in records:
+        if record.image_id:
+            same_pixels[record.image_id].append(record)
+    unique, problems = [], []
+    for first, *others in same_pixels.values():
+        names = ", ".join(other.path.name for other in others)
+        if any(_labels(other) != _labels(first) for other in others):
+            message = f"shows the same pixels as {names} but is annotated differently; all are left out"
+            problems.append(Problem("contradicting_duplicate", "error", first.path, None, message))
+            continue
+        if others:
+            message = f"shows the same pixels as {names}; built once"
+            problems.append(Problem("duplicate_image", "warning", first.path, None, message))
+        unique.append(first)
+    return unique, problems
+
+
+def _labels(record: ImageRecord) -> Counter:
+    return Counter((finding.label, finding.tooth) for finding in record.findings)
 
 
 def audit(sources_file: SourcesFile, *, workers: int = 2, progress: bool = True) -> dict:

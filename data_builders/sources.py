@@ -46,11 +46,12 @@ class Names(BaseModel):
 
 
 class Term(BaseModel):
-    """One entry of the vocabulary of findings."""
+    """One entry of the vocabulary of findings; `is_a` names the broader one that it is a case of."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["pathology", "sound", "structure"]
     icd10cm: str | None = None
+    is_a: str | None = None
     en: Names
     es: Names
 

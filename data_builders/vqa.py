@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from data_builders.audit import SourceContent, count_problems, read_sources
+from data_builders.audit import SourceContent, count_problems, pick_unique, read_sources
 from data_builders.chat import SPLITS, SYSTEM_PROMPT, Row, answer_messages, prompt_messages
 from data_builders.claims import check_claims, claims_to_json, place_findings
 from data_builders.compose.questions import FAMILIES, Pair, compose_pairs
 from data_builders.dataset_folder import BuildError, new_folder, write_card, write_jsonl, write_report, write_rows
-from data_builders.records import ImageRecord, Problem
-from data_builders.sources import Source, SourcesFile
+from data_builders.records import ImageRecord
+from data_builders.sources import Source, SourcesFile, Vocabulary
 from data_builders.splits import group_records, split_groups
 
 BLOCKING = ("class_map_incomplete", "names_missing", "label_attribute_needed")  # what only the user can settle
@@ -42,11 +42,11 @@ def build_vqa(
     seed = sources_file.seed if seed is None else seed
     contents = read_sources(sources_file, workers=workers, progress=progress)
     _stop_on_errors(contents, strict=strict)
-    records, duplicates = _usable_records(contents)
+    records = [record for content in contents for record in pick_unique(content.records)[0]]
     if not records:
         raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
     sources = {source.name: source for source in sources_file.sources}
-    records = _with_groups(records, sources)
+    records = _with_groups(records, sources, sources_file.terms())
     splits = split_groups(
         [record.group_id for record in records],
         [record.source for record in records],
@@ -61,7 +61,7 @@ def build_vqa(
     with new_folder(out) as folder:
         written = write_rows(folder, balanced, lambda image_id: _read_image(image_id, paths[image_id]))
         write_jsonl(folder / "records.jsonl", _records(records, sources, splits))
-        report = _report(contents, duplicates, balanced, written, seed)
+        report = _report(contents, balanced, written, seed)
         body = _card(report, sources_file)
         write_card(
             folder,
@@ -88,39 +88,18 @@ def _stop_on_errors(contents: Sequence[SourceContent], *, strict: bool) -> None:
         raise BuildError(f"{len(fatal)} problems stop the build:\n{shown}{more}")
 
 
-def _usable_records(contents: Sequence[SourceContent]) -> tuple[list[ImageRecord], list[Problem]]:
-    """Records whose image was decoded; of files of one source that show the same pixels, the first one.
+def _with_groups(
+    records: Sequence[ImageRecord], sources: Mapping[str, Source], vocabulary: Vocabulary
+) -> list[ImageRecord]:
+    """Give each record its group and finding ids without file names.
 
-    Where such files are annotated differently nobody knows which is right, and all of them are left out.
+    A label also ceases to be deniable where another source shows it on the same picture, or where a narrower one is
+    shown: what has deep caries is not free of caries.
     """
-    usable, problems = [], []
-    for content in contents:
-        same_pixels: dict[str, list[ImageRecord]] = defaultdict(list)
-        for record in content.records:
-            if record.image_id:
-                same_pixels[record.image_id].append(record)
-        for first, *others in same_pixels.values():
-            names = ", ".join(other.path.name for other in others)
-            if any(_labels(other) != _labels(first) for other in others):
-                message = f"shows the same pixels as {names} but is annotated differently; all are left out"
-                problems.append(Problem("contradicting_duplicate", "error", first.path, None, message))
-                continue
-            if others:
-                message = f"shows the same pixels as {names}; built once"
-                problems.append(Problem("duplicate_image", "warning", first.path, None, message))
-            usable.append(first)
-    return usable, problems
-
-
-def _labels(record: ImageRecord) -> Counter:
-    return Counter((finding.label, finding.tooth) for finding in record.findings)
-
-
-def _with_groups(records: Sequence[ImageRecord], sources: Mapping[str, Source]) -> list[ImageRecord]:
-    """Give each record its group, its findings ids without file names, and deny nothing that another source shows."""
-    shown: dict[str | None, set[str]] = defaultdict(set)
+    shown: dict[str | None, set[str | None]] = defaultdict(set)
     for record in records:
-        shown[record.image_id].update(finding.label for finding in record.findings)
+        for finding in record.findings:
+            shown[record.image_id] |= {finding.label, vocabulary[finding.label].is_a}
     ready = []
     for record, group_id in zip(records, group_records(records, sources), strict=True):
         own = {finding.label for finding in record.findings}
@@ -217,7 +196,6 @@ def _records(
 
 def _report(
     contents: Sequence[SourceContent],
-    duplicates: Sequence[Problem],
     rows: Mapping[str, Sequence[Row]],
     written: Mapping[str, Mapping[str, int]],
     seed: int,
@@ -238,7 +216,7 @@ def _report(
                 "problem_counts": count_problems(content.problems),
             }
         )
-    problems = [problem for content in contents for problem in content.problems] + list(duplicates)
+    problems = [problem for content in contents for problem in content.problems]
     return {
         "seed": seed,
         "splits": dict(written),

@@ -187,6 +187,36 @@ def test_files_that_show_the_same_pixels_are_built_once_and_contradictions_not_a
     assert report["sources"][0]["images_built"] == 2
 
 
+def test_what_has_deep_caries_is_not_said_to_be_free_of_caries(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    text = sources.read_text().replace("0: caries", "0: deep_caries")
+    sources.write_text(text.replace("[caries, infection]", "[caries, deep_caries, infection]"))
+
+    denied = rows_text(sources, tmp_path / "out")
+
+    assert '"label":"infection","negated":true' in denied
+    assert '"label":"caries","negated":true' not in denied
+
+
+def test_nothing_is_denied_that_another_source_shows_on_the_same_picture(tmp_path):
+    """The published ancestor taught "no caries" on radiographs that lay in the folder "Caries" as well."""
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    folder = tmp_path / "s" / "classes" / "sound"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "s" / "images" / "p0.png", folder / "renamed.png")
+    text = sources.read_text().replace("root: .,", "root: ., images: images, labels: labels,")
+    sources.write_text(
+        text + "  - {name: folders, reader: class_folders, root: classes, modality: panoramic, "
+        "classes: {sound: healthy_tooth}, exhaustive: [caries, infection]}\n"
+    )
+
+    build(sources, tmp_path / "out")
+
+    rows = [row for row in pq.read_table(tmp_path / "out" / "data").to_pylist() if row["source"] == "folders"]
+    denied = {claim.label for row in rows for claim in claims_from_json(row["claims"]) if claim.negated}
+    assert denied == {"infection"}
+
+
 def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path):
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
     picture = tmp_path / "s" / "images" / "p0.png"

@@ -1,5 +1,6 @@
 """The wheel holds what a user runs, and the ranges and pins agree."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,8 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory):
+def unpacked(tmp_path_factory):
+    """The wheel of the files as they stand, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     files = subprocess.run(
@@ -26,7 +28,8 @@ def wheel_names(tmp_path_factory):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
     subprocess.run(command, check=True, capture_output=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return set(wheel.namelist())
+        wheel.extractall(folder / "unpacked")
+    return folder / "unpacked"
 
 
 @pytest.mark.parametrize(
@@ -44,12 +47,28 @@ def wheel_names(tmp_path_factory):
         "data_builders/compose/phrases/es.yaml",
     ],
 )
-def test_the_wheel_holds_code_recipes_and_data(wheel_names, name):
-    assert name in wheel_names
+def test_the_wheel_holds_code_recipes_and_data(unpacked, name):
+    assert (unpacked / name).is_file()
 
 
-def test_the_wheel_holds_no_tests_and_no_top_level_recipes(wheel_names):
-    assert {name.split("/")[0] for name in wheel_names if ".dist-info" not in name} == {"dentalgemma", "data_builders"}
+def test_the_wheel_holds_no_tests_and_no_top_level_recipes(unpacked):
+    names = {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"}
+
+    assert names == {"dentalgemma", "data_builders"}
+
+
+def test_a_recipe_starts_from_the_wheel_in_any_folder(unpacked, tmp_path):
+    """It finds its own YAML, whose base is asked for before anything is downloaded."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dentalgemma.recipes.stage1_vqa", "--dataset_name", "nowhere"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert "nowhere is neither a folder here nor a dataset" in done.stderr
 
 
 def test_every_pin_lies_in_its_range():

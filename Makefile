@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Without a GPU torch's CPU build is a tenth of the download: set this to the CPU wheel index that pytorch.org names.
+TORCH_INDEX ?=
 
 .PHONY: help install quickstart test test-all lint format clean
 
@@ -17,6 +19,8 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("DentalGemma needs Python 3.11 or newer; name one with PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -z "$(TORCH_INDEX)" || $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--extra-index-url "$(TORCH_INDEX)" torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.progress import track
 
+from data_builders.dentition import is_fdi
 from data_builders.images import ImageError, measure
 from data_builders.readers import READERS
 from data_builders.readers.cases import Case, read_cases
@@ -50,12 +51,13 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
             disable=not progress,
         )
         for result in results:
-            record, problem = result
+            record, found = result
             measured.append(record)
-            if problem:
-                problems.append(problem)
+            problems += found
     problems += _check_patients(source, records)
     problems += pick_unique(measured)[1]
+    problems += _check_counts(source, measured)
+    problems += _check_teeth(measured)
     return SourceContent(source, tuple(measured), tuple(problems))
 
 
@@ -66,14 +68,36 @@ def _sort_out(items: Iterable) -> tuple[list, list[Problem]]:
     return records, problems
 
 
-def _measure(record: ImageRecord) -> tuple[ImageRecord, Problem | None]:
+def _measure(record: ImageRecord) -> tuple[ImageRecord, list[Problem]]:
     if not record.path.is_file():
-        return record, None  # the reader reported it
+        return record, []  # the reader reported it
     try:
         size = measure(record.path)
     except ImageError as error:
-        return record, Problem("image_unreadable", "error", record.path, None, f"{error}; the image is left out")
-    return replace(record, width=size.width, height=size.height, image_id=size.image_id), None
+        return record, [Problem("image_unreadable", "error", record.path, None, f"{error}; the image is left out")]
+    problems = []
+    if size.is_deep:
+        message = "has greys of more than 8 bits; it is stored as a PNG of 8 bits"
+        problems.append(Problem("deep_greys", "info", record.path, None, message))
+    return replace(record, width=size.width, height=size.height, image_id=size.image_id), problems
+
+
+def _check_counts(source: Source, records: Sequence[ImageRecord]) -> Iterator[Problem]:
+    """Compare with what the user knows of the source: a wrong class map gives other numbers of images."""
+    for label, expected in source.expected_images.items():
+        found = sum(label in {*record.rejected, *(f.label for f in record.findings)} for record in records)
+        if found != expected:
+            message = f"{found} images show {label}, {expected} are expected: is the class map right?"
+            yield Problem("unexpected_count", "error", source.root, None, message)
+
+
+def _check_teeth(records: Iterable[ImageRecord]) -> Iterator[Problem]:
+    """A tooth number that stands twice on one image: one of the two is some other tooth."""
+    for record in records:
+        numbers = Counter(f.tooth for f in record.findings if f.label == "tooth" and f.tooth and is_fdi(f.tooth))
+        if twice := sorted(number for number, count in numbers.items() if count > 1):
+            message = f"tooth {', '.join(twice)} is annotated more than once; nothing is asked about completeness"
+            yield Problem("duplicate_tooth", "warning", record.path, None, message)
 
 
 def _check_patients(source: Source, records: Sequence[ImageRecord]) -> list[Problem]:

@@ -107,9 +107,7 @@ def _is_about(claim: Claim, item: Placed) -> bool:
         return True
     if finding.tooth is None:
         return False
-    return finding.tooth == (claim.tooth if is_fdi(claim.tooth) else finding.tooth) and (
-        is_fdi(claim.tooth) or _type_or_none(finding.tooth) == claim.tooth
-    )
+    return claim.tooth == (finding.tooth if is_fdi(claim.tooth) else _type_or_none(finding.tooth))
 
 
 def _type_or_none(tooth: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_builders.chat import SPLITS, Row
+from data_builders.records import InputError
 
+REPORT = "build_report.json"
 ROW_GROUP_BYTES = 64 << 20  # of distinct images; what a reader decodes at a time
 SHARD_BYTES = 500 << 20
 DICTIONARY_LIMIT = 1 << 30  # pyarrow's default of 1 MiB falls back to writing an image once per row
@@ -23,7 +26,7 @@ DICTIONARY_LIMIT = 1 << 30  # pyarrow's default of 1 MiB falls back to writing a
 ReadImage = Callable[[str], tuple[str, bytes]]  # image id -> file name, bytes
 
 
-class BuildError(ValueError):
+class BuildError(InputError):
     """A build that must not go on; the message says what to do."""
 
 
@@ -32,17 +35,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place only when everything was written; an old build is replaced.
 
     Raises:
-        BuildError: when `folder` holds something that is not a dataset folder of ours.
+        BuildError: when `folder` holds anything that no build of ours wrote.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build_report.json").is_file():
-        raise BuildError(f"{folder} is not empty and no dataset folder; choose another --out or empty it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.chmod(0o755)  # mkdtemp's folder is for its owner alone
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if not found:
+        return
+    try:
+        ours = {REPORT, *json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BuildError(f"{folder} is not empty and no dataset folder; choose another --out or empty it") from None
+    if found - ours:
+        raise BuildError(f"{folder} holds {min(found - ours)}, which no build wrote; move it, or choose another --out")
 
 
 def write_rows(folder: Path, rows: Mapping[str, Sequence[Row]], read_image: ReadImage) -> dict[str, dict[str, int]]:
@@ -162,7 +179,7 @@ def write_report(folder: Path, report: Mapping) -> None:
     packages = {name: version(name) for name in ("dentalgemma", "datasets", "pyarrow", "pillow")}
     document = {**report, "versions": packages, "files": hashes}
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True)
-    (folder / "build_report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, items: Iterable[Mapping]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 80_000_000  # four times the largest panoramic we know; beyond it a header is taken for a bomb
 EXIF_ORIENTATION = 0x0112
+DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
 
 
@@ -21,11 +24,15 @@ class ImageError(ValueError):
 
 
 class Measured(NamedTuple):
-    """What an image file holds: its size in pixels as displayed, and the SHA-256 of those pixels as RGB."""
+    """What an image file holds: its size in pixels as displayed, and the SHA-256 of those pixels as RGB.
+
+    `is_deep` says that its greys have more than 8 bits.
+    """
 
     width: int
     height: int
     image_id: str
+    is_deep: bool = False
 
 
 def find_images(folder: Path) -> Iterator[Path]:
@@ -55,6 +62,7 @@ def measure(path: Path) -> Measured:
         ImageError: when it cannot be decoded to its last row.
     """
     with _open(path) as image:
+        is_deep = image.mode in DEEP_MODES
         try:
             pixels = to_rgb(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -62,14 +70,33 @@ def measure(path: Path) -> Measured:
     width, height = pixels.size
     digest = hashlib.sha256(f"{width}x{height}\n".encode())
     digest.update(pixels.tobytes())
-    return Measured(width, height, digest.hexdigest())
+    return Measured(width, height, digest.hexdigest(), is_deep)
+
+
+def read_stored(path: Path) -> tuple[str, bytes]:
+    """Suffix and bytes to store for an image: the file's own; of greys beyond 8 bits a PNG of what `to_rgb` gives.
+
+    Pillow turns those white when somebody who loads the dataset converts them to RGB.
+    """
+    with _open(path) as image:
+        if image.mode not in DEEP_MODES:
+            return path.suffix.lower(), path.read_bytes()
+        buffer = io.BytesIO()
+        to_rgb(image).convert("L").save(buffer, format="PNG")
+    return ".png", buffer.getvalue()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The pixels as displayed, in RGB: orientation applied, 16-bit greys scaled by 1/256, transparency on black."""
+    """The pixels as displayed, in RGB: orientation applied, transparency on black, deep greys reduced to 8 bits.
+
+    Greys are divided by a power of two, so that the bits that the image uses become 8: 12 bits are as common in
+    radiographs as 16, and both come in files of 16.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode in DEEP_MODES:
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
+        used = max(8, int(values.max(initial=0)).bit_length())
+        image = Image.fromarray((values / 2 ** (used - 8)).clip(max=255).astype(np.uint8))
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")

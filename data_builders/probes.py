@@ -52,13 +52,12 @@ def build_probe(
     *,
     languages: Sequence[Language] = ("en",),
     seed: int = 0,
-    vocabulary: Path | None = None,
 ) -> int:
     """Write closed questions on the images of `split` to `out` (JSONL) and return their number.
 
     The images lie beside it in `<name of out>_images`, as the bytes they had. Each letter is the right one equally
     often. With several languages every question is there in each, with the same options in the same order and one
-    `pair_id`. `vocabulary` is the file of own findings that the dataset was built with, if there was one.
+    `pair_id`.
 
     Raises:
         BuildError: when there is no such dataset, split or language, or nothing that can be asked.
@@ -70,7 +69,8 @@ def build_probe(
     shards = sorted((Path(dataset_dir) / "data").glob(f"{split}-*.parquet"))
     records = _read_records(Path(dataset_dir), split)
     available = {image_id for shard in shards for image_id in _image_ids(shard)}
-    terms = load_vocabulary(vocabulary)
+    own_terms = Path(dataset_dir) / "vocabulary.yaml"  # where the build was given one
+    terms = load_vocabulary(own_terms if own_terms.is_file() else None)
     drafts = [draft for draft in _draft(records, terms, seed) if draft.record["image_id"] in available]
     if not drafts:
         raise BuildError(f"{dataset_dir}: nothing can be asked about split {split!r}: {NEEDS}")
@@ -109,7 +109,7 @@ def _draft(records: Sequence[Mapping], terms: Vocabulary, seed: int) -> Iterator
     shown: dict[str, list[str]] = defaultdict(list)
     for record in records:
         for label in {*record["exhaustive"], *(finding["label"] for finding in record["findings"])} - set(terms):
-            raise BuildError(f"{label!r} is not in the vocabulary; name the file that the sources file names")
+            raise BuildError(f"{label!r} is not in the vocabulary; build the dataset folder again")
         shown[record["image_id"]] += [finding["label"] for finding in record["findings"]]
     for record in records:
         labels = shown[record["image_id"]]
@@ -173,6 +173,7 @@ def _item(draft: Draft, key: str, language: Language, terms: Vocabulary, seed: i
         "modality": record["modality"],
         "source": record["source"],
         "group_id": record["group_id"],
+        "split": record["split"],
     }
 
 

@@ -17,6 +17,15 @@ Ring = tuple[Point, ...]
 Bounds = tuple[float, float, float, float]
 
 
+class InputError(ValueError):
+    """What a user can mend: a file, a setting or a command that cannot be used as it is; the message says what to do.
+
+    Commands and recipes print it as one sentence and exit with `exit_code`.
+    """
+
+    exit_code = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One labelled thing in an image.

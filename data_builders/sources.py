@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_builders.dentition import parse_fdi, parse_tooth_type
-from data_builders.records import Modality
+from data_builders.records import InputError, Modality
 
 Language = Literal["en", "es"]
 Family = Literal[
@@ -27,7 +27,7 @@ Family = Literal[
 ]
 
 
-class SourcesError(ValueError):
+class SourcesError(InputError):
     """A sources file that cannot be used; the message names the file, the key and the remedy."""
 
 
@@ -46,12 +46,12 @@ class Names(BaseModel):
 
 
 class Term(BaseModel):
-    """One entry of the vocabulary of findings; `is_a` names the broader one that it is a case of."""
+    """One entry of the vocabulary; where it is shown, the image is never said to be free of `not_free_of`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["pathology", "sound", "structure"]
     icd10cm: str | None = None
-    is_a: str | None = None
+    not_free_of: tuple[str, ...] = ()
     en: Names
     es: Names
 
@@ -166,12 +166,17 @@ class SourcesFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: Path
     seed: int = 42
-    languages: tuple[Language, ...] = ("en",)
+    languages: tuple[Language, ...] = Field(default=("en",), min_length=1)
     split: Shares = Shares()
     vocabulary: Path | None = None
     system_prompt: str | None = None
-    families: tuple[Family, ...] | None = None
+    families: tuple[Family, ...] | None = Field(default=None, min_length=1)
     sources: tuple[Source, ...] = Field(min_length=1)
+
+    @field_validator("languages", "families")
+    @classmethod
+    def _once_each(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(dict.fromkeys(names))
 
     def terms(self) -> Vocabulary:
         """The vocabulary that this file's class maps may use: the toolkit's, and the file's own on top."""
@@ -185,9 +190,13 @@ def load_vocabulary(extra: Path | None = None) -> Vocabulary:
     if extra is not None:
         entries |= _read_yaml(extra)
     try:
-        return {name: Term.model_validate(entry) for name, entry in entries.items()}
+        terms = {name: Term.model_validate(entry) for name, entry in entries.items()}
     except ValidationError as error:
         raise SourcesError(f"{extra}: {_first_errors(error)}") from None
+    for name, term in terms.items():
+        for other in set(term.not_free_of) - set(terms):
+            raise SourcesError(f"{extra}: {name}: not_free_of names {other!r}, which is not in the vocabulary")
+    return terms
 
 
 def load_sources(path: Path) -> SourcesFile:
@@ -221,12 +230,19 @@ def _check_names(loaded: SourcesFile) -> None:
         seen.add(source.name)
         if not source.root.is_dir():
             raise SourcesError(f"{loaded.path}: source {source.name!r}: root {source.root} is not a folder")
-        mapped = [] if isinstance(source.classes, str) else [name for name in (source.classes or {}).values() if name]
+        standard = isinstance(source.classes, str)
+        mapped = ["tooth"] if standard else [name for name in (source.classes or {}).values() if name]
         for name in [*mapped, *source.exhaustive, *source.expected_images]:
             if name not in terms:
                 raise SourcesError(
                     f"{loaded.path}: source {source.name!r}: {name!r} is not in the vocabulary "
                     f"({', '.join(terms)}); add it to a file of your own and name that as `vocabulary:`"
+                )
+        for name in source.exhaustive:
+            if name not in mapped:
+                raise SourcesError(
+                    f"{loaded.path}: source {source.name!r}: exhaustive names {name!r}, which no label is mapped to: "
+                    "nobody annotated it, so nobody may say that it is not there"
                 )
 
 
@@ -266,7 +282,10 @@ def _read_yaml(path: Path) -> dict:
 
 def _first_errors(error: ValidationError) -> str:
     lines = []
-    for item in error.errors():
+    errors = error.errors()
+    if any(item["type"] == "extra_forbidden" for item in errors):  # a misspelt key: what it should have set is noise
+        errors = [item for item in errors if item["type"] == "extra_forbidden"]
+    for item in errors:
         key = ".".join(str(part) for part in item["loc"] if part not in {"path"})
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "literal_error":

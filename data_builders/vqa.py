@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data_builders.chat import SPLITS, SYSTEM_PROMPT, Row, answer_messages, prom
 from data_builders.claims import check_claims, claims_to_json, place_findings
 from data_builders.compose.questions import FAMILIES, Pair, compose_pairs
 from data_builders.dataset_folder import BuildError, new_folder, write_card, write_jsonl, write_report, write_rows
+from data_builders.images import read_stored
 from data_builders.records import ImageRecord
 from data_builders.sources import Source, SourcesFile, Vocabulary
 from data_builders.splits import group_records, split_groups
@@ -47,21 +49,27 @@ def build_vqa(
         raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
     sources = {source.name: source for source in sources_file.sources}
     records = _with_groups(records, sources, sources_file.terms())
+    composed = _compose_all(records, sources_file, sources, seed, progress=progress)
     splits = split_groups(
-        [record.group_id for record in records],
-        [record.source for record in records],
+        [record.group_id for record, _ in composed],
+        [record.source for record, _ in composed],
         shares=sources_file.split,
         seed=seed,
     )
-    rows: dict[str, list[tuple[Row, Pair]]] = {split: [] for split in SPLITS}
-    for record in track(records, "Composing", console=Console(stderr=True), disable=not progress):
-        rows[splits[record.group_id]] += _compose(record, sources[record.source], sources_file, seed)
-    balanced = {split: _balance(items) for split, items in rows.items()}
+    by_split: dict[str, list[tuple[Row, Pair]]] = {split: [] for split in SPLITS}
+    for record, rows in composed:
+        by_split[splits[record.group_id]] += rows
+    balanced = {split: _balance(items) for split, items in by_split.items()}
+    if not any(balanced.values()):
+        raise BuildError(f"{sources_file.path}: the annotations support no question; run `dentalgemma audit`")
     paths = {record.image_id: record.path for record in reversed(records)}
     with new_folder(out) as folder:
         written = write_rows(folder, balanced, lambda image_id: _read_image(image_id, paths[image_id]))
-        write_jsonl(folder / "records.jsonl", _records(records, sources, splits))
+        write_jsonl(folder / "records.jsonl", _records((record for record, _ in composed), sources, splits))
+        if sources_file.vocabulary:
+            shutil.copyfile(sources_file.vocabulary, folder / "vocabulary.yaml")
         report = _report(contents, balanced, written, seed)
+        report["empty_splits"] = [s for s in SPLITS if getattr(sources_file.split, s) and s not in written]
         body = _card(report, sources_file)
         write_card(
             folder,
@@ -93,17 +101,16 @@ def _with_groups(
 ) -> list[ImageRecord]:
     """Give each record its group and finding ids without file names.
 
-    A label also ceases to be deniable where another source shows it on the same picture, or where a narrower one is
-    shown: what has deep caries is not free of caries.
+    A label also ceases to be deniable where another source shows it on the same picture, or where something is shown
+    that the vocabulary calls not free of it: what has deep caries has caries.
     """
-    shown: dict[str | None, set[str | None]] = defaultdict(set)
-    for record in records:
-        for finding in record.findings:
-            shown[record.image_id] |= {finding.label, vocabulary[finding.label].is_a}
+    shown = _shown_labels(records)
     ready = []
     for record, group_id in zip(records, group_records(records, sources), strict=True):
         own = {finding.label for finding in record.findings}
-        deniable = tuple(label for label in record.exhaustive if label in own or label not in shown[record.image_id])
+        elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
+        not_free_of = {name for label in own | elsewhere for name in vocabulary[label].not_free_of} - own
+        deniable = tuple(label for label in record.exhaustive if label not in elsewhere | not_free_of)
         findings = tuple(
             replace(finding, finding_id=f"{record.source}/{(record.image_id or '')[:12]}/{number}", where="")
             for number, finding in enumerate(record.findings)
@@ -112,7 +119,36 @@ def _with_groups(
     return sorted(ready, key=lambda record: (record.source, record.image_id or ""))
 
 
-def _compose(record: ImageRecord, source: Source, sources_file: SourcesFile, seed: int) -> Iterator[tuple[Row, Pair]]:
+def _shown_labels(records: Iterable[ImageRecord]) -> dict[str | None, set[tuple[str, str]]]:
+    """Source and label of everything that is shown on a picture, over all sources."""
+    shown: dict[str | None, set[tuple[str, str]]] = defaultdict(set)
+    for record in records:
+        shown[record.image_id].update((record.source, finding.label) for finding in record.findings)
+    return shown
+
+
+def _compose_all(
+    records: Sequence[ImageRecord],
+    sources_file: SourcesFile,
+    sources: Mapping[str, Source],
+    seed: int,
+    *,
+    progress: bool,
+) -> list[tuple[ImageRecord, list[tuple[Row, Pair]]]]:
+    """The images that something is asked about, with their rows; others must not take a place in a split."""
+    shown = _shown_labels(records)
+    composed = []
+    for record in track(records, "Composing", console=Console(stderr=True), disable=not progress):
+        elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
+        rows = list(_compose(record, sources[record.source], sources_file, seed, elsewhere))
+        if rows:
+            composed.append((record, rows))
+    return composed
+
+
+def _compose(
+    record: ImageRecord, source: Source, sources_file: SourcesFile, seed: int, shown_elsewhere: Collection[str]
+) -> Iterator[tuple[Row, Pair]]:
     """Yield the rows of an image; one whose claims the annotations do not carry is our own bug and stops the build."""
     placed = place_findings(record, locations=source.locations)
     for language in sources_file.languages:
@@ -122,6 +158,7 @@ def _compose(record: ImageRecord, source: Source, sources_file: SourcesFile, see
             language=language,
             seed=seed,
             locations=source.locations,
+            shown_elsewhere=shown_elsewhere,
             families=sources_file.families or tuple(FAMILIES),
         ):
             wrong = check_claims(pair.claims, placed, record.exhaustive)
@@ -166,7 +203,8 @@ def _balance(items: Sequence[tuple[Row, Pair]]) -> list[Row]:
 
 
 def _read_image(image_id: str, path: Path) -> tuple[str, bytes]:
-    return f"{image_id[:16]}{path.suffix.lower()}", path.read_bytes()
+    suffix, content = read_stored(path)
+    return f"{image_id[:16]}{suffix}", content
 
 
 def _records(
@@ -210,6 +248,8 @@ def _report(
                 "reader": content.source.reader,
                 "license": content.source.license,
                 "url": content.source.url,
+                "modality": content.source.modality,
+                "patients": "by file name" if content.source.group else "unknown",
                 "images_read": len(content.records),
                 "images_built": len({row["image_id"] for row in own}),
                 "rows": len(own),
@@ -239,17 +279,19 @@ def _card(report: Mapping, sources_file: SourcesFile) -> str:
         "| --- | ---: | ---: |",
         *(f"| {split} | {counts['rows']} | {counts['images']} |" for split, counts in report["splits"].items()),
         "",
-        "No patient, no original behind augmented copies and no identical picture lies in two splits.",
+        "No identical picture and no original behind augmented copies lies in two splits; no patient either, where the "
+        "column *patients* says how file names tell them.",
         "",
         "## Sources and licences",
         "",
-        "| source | format | images | rows | licence |",
-        "| --- | --- | ---: | ---: | --- |",
+        "| source | format | images | rows | patients | licence |",
+        "| --- | --- | ---: | ---: | --- | --- |",
     ]
     for source in report["sources"]:
         licence = source["license"] or "not stated"
         lines.append(
-            f"| {source['name']} | {source['reader']} | {source['images_built']} | {source['rows']} | {licence} |"
+            f"| {source['name']} | {source['reader']} | {source['images_built']} | {source['rows']} "
+            f"| {source['patients']} | {licence} |"
         )
     lines += [
         "",

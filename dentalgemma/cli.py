@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_builders.records import InputError
 from dentalgemma import __version__
 
 app = typer.Typer(
@@ -23,7 +24,6 @@ app = typer.Typer(
 out_console = Console()
 error_console = Console(stderr=True)
 
-BAD_INPUT = 2
 SHOWN_PER_CODE = 5
 
 Seed = Annotated[int | None, typer.Option(help="Seed; the sources file's own where it is left out.")]
@@ -38,6 +38,13 @@ class Family(StrEnum):
 class Mode(StrEnum):
     generate = "generate"
     loglikelihood = "loglikelihood"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 class Images(StrEnum):
@@ -154,6 +161,8 @@ def _print_build(report: dict, out: Path, *, as_json: bool) -> None:
     for source in report["sources"]:
         if not source.get("rows", source.get("cases")):
             out_console.print(f"[yellow]source {source['name']} gave no rows", soft_wrap=True)
+    for split in report.get("empty_splits", ()):
+        out_console.print(f"[yellow]split {split} is empty: there are too few groups", soft_wrap=True)
     for code, count in report["problem_counts"].items():
         out_console.print(f"  {count} x {code}")
     if report["problem_counts"]:
@@ -191,6 +200,7 @@ def phantom(
     """
     from data_builders.phantom_formats import write_phantoms
 
+    _need_empty(folder)
     write_phantoms(folder, count=images, cases=images, seed=seed)
     out_console.print(f"Wrote {images} phantoms to {folder}", soft_wrap=True)
 
@@ -207,6 +217,7 @@ def tiny_model(
     """
     from dentalgemma.models.tiny import make_tiny_model
 
+    _need_empty(folder)
     make_tiny_model(folder, family=family.value, seed=seed)
     out_console.print(f"Wrote a small random {family.value} to {folder}", soft_wrap=True)
 
@@ -245,7 +256,7 @@ def evaluate(
         Images, typer.Option(help="The true images, or a control without their information.")
     ] = Images.true,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto takes that of the files.")] = Dtype.auto,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
 ) -> None:
     """Ask a model closed questions and keep its answers.
@@ -256,11 +267,11 @@ def evaluate(
 
     from dentalgemma.evaluation.generation import evaluate_questions
     from dentalgemma.evaluation.questions import load_questions
-    from dentalgemma.models.loading import load_for_inference
+    from dentalgemma.models.loading import load_pretrained
 
     items = load_questions(questions)
-    loaded, processor = load_for_inference(
-        model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), revision=revision
+    loaded, processor = load_pretrained(
+        model, dtype="auto" if dtype == Dtype.auto else getattr(torch, dtype.value), revision=revision
     )
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
@@ -308,9 +319,8 @@ def compare(
 @app.command()
 def card(
     model: Annotated[Path, typer.Argument(help="A merged model folder.")],
-    comparison: Annotated[
-        Path | None, typer.Option(help="Base against this model: what `compare --json` printed.")
-    ] = None,
+    comparison: Annotated[Path | None, typer.Option(help="Base and this model: what `compare --json` printed.")] = None,
+    base: Annotated[str | None, typer.Option(help="Hub id of the base, where training started from a folder.")] = None,
 ) -> None:
     """Write the model card from recorded facts: run facts, merge certificate, a comparison. Nothing is typed by hand.
 
@@ -318,7 +328,7 @@ def card(
     """
     from dentalgemma.publishing.cards import write_model_card
 
-    out_console.print(f"Wrote {write_model_card(model, comparison)}", soft_wrap=True)
+    out_console.print(f"Wrote {write_model_card(model, comparison, base=base)}", soft_wrap=True)
 
 
 @app.command()
@@ -349,22 +359,14 @@ def env(as_json: AsJson = False) -> None:
 
 
 def main() -> None:
-    """Run the command; what a user can mend is one sentence and exit code 2, a failure of ours a traceback and 1."""
-    from data_builders.dataset_folder import BuildError
-    from data_builders.sources import SourcesError
-
-    expected: tuple[type[Exception], ...] = (BuildError, SourcesError, FileNotFoundError, NotADirectoryError)
+    """Run the command; what a user can mend is one sentence and its exit code, a failure of ours a traceback and 1."""
     try:
         app(prog_name="dentalgemma")
-    except expected as error:
-        _stop(error)
-    except Exception as error:
-        # The errors of the model side live in modules that load torch: tell them by name, not by import.
-        if type(error).__module__.startswith(("dentalgemma.", "data_builders.")):
-            _stop(error)
-        raise
+    except InputError as error:
+        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
 
 
-def _stop(error: Exception) -> None:
-    error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(getattr(error, "exit_code", BAD_INPUT))
+def _need_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose a new folder")

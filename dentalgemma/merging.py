@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from PIL import Image
+from transformers import ProcessorMixin
 
-from dentalgemma.models.loading import LoadError, load_for_inference
-from dentalgemma.training.run_facts import read_run_facts
+from data_builders.records import InputError
+from dentalgemma.models.loading import LoadError, fingerprint_weights, load_pretrained
+from dentalgemma.training.run_facts import FILE_NAME, read_run_facts, without_folder
 
 CERTIFICATE = "merge_certificate.json"
+UNRECORDED = "unrecorded"
+DTYPES = ("bfloat16", "float16", "float32")
 PARITY_PROMPT = "What abnormalities are visible on this panoramic radiograph, and where?"
 # fp32 rounding of a few thousand additions; a merge that garbles weights is off by whole units.
 PARITY_TOLERANCE = 1e-3
 
 
-class MergeError(RuntimeError):
+class MergeError(InputError):
     """A merge that must not be used; the message says why."""
 
     exit_code = 1
@@ -37,14 +42,16 @@ def merge_adapter(run: Path, out: Path, *, base: str | None = None, dtype: str =
         LoadError: when base or adapter cannot be loaded.
     """
     run, out = Path(run), Path(out)
+    if dtype not in DTYPES:
+        raise LoadError(f"no dtype {dtype!r} for a merged model; choose among {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
-        raise MergeError(f"{out} is not empty; choose another --out")
+        raise LoadError(f"{out} is not empty; choose another --out")
     if not (run / "adapter_config.json").is_file():
         raise LoadError(f"{run} holds no adapter (no adapter_config.json)")
     base = base or PeftConfig.from_pretrained(str(run)).base_model_name_or_path
     if base is None:
         raise LoadError(f"{run} does not say which base it adapts; name it with --base")
-    model, processor = load_for_inference(base, dtype=torch.float32)
+    model, processor = load_pretrained(base, dtype=torch.float32)
     names = set(model.state_dict())
     adapted = PeftModel.from_pretrained(model, str(run)).eval()
     inputs = _parity_inputs(processor)
@@ -52,42 +59,44 @@ def merge_adapter(run: Path, out: Path, *, base: str | None = None, dtype: str =
     changed = _count_changes(adapted)
     merged = adapted.merge_and_unload()
     found = _logits(merged, inputs)
+    if set(merged.state_dict()) != names:
+        odd = sorted(set(merged.state_dict()) ^ names)
+        raise MergeError(f"the merged model has other weights than its base, for example {odd[0]}")
+    if not changed:
+        raise MergeError(f"the adapter in {run} changes no weight of {base}; did it train?")
     certificate = {
-        "base_model": str(base),
+        "base_model": without_folder(str(base)),
         "adapter": run.name,
         "dtype": dtype,
         "tensors": len(names),
         "changed_tensors": changed,
         **_compare_logits(expected, found),
     }
-    if set(merged.state_dict()) != names:
-        odd = sorted(set(merged.state_dict()) ^ names)
-        raise MergeError(f"the merged model has other weights than its base, for example {odd[0]}")
-    if not certificate["changed_tensors"]:
-        raise MergeError(f"the adapter in {run} changes no weight of {base}; did it train?")
-    if certificate["max_logit_difference"] > PARITY_TOLERANCE:
+    # Written so that NaN fails: no comparison with it is ever true.
+    if not certificate["max_logit_difference"] <= PARITY_TOLERANCE:
         raise MergeError(f"merged logits differ from the adapter's by {certificate['max_logit_difference']:.2g}")
     merged.to(getattr(torch, dtype)).save_pretrained(out)
     processor.save_pretrained(out)
     certificate |= _reload(out, inputs, expected)
     certificate["stages"] = _lineage(base, run)
-    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return certificate
 
 
 def _lineage(base: str, run: Path) -> list[dict]:
-    """The facts of every stage behind a model, the earliest first: those its base carries, then this run's."""
+    """The facts of every stage behind a model, the earliest first: those its base carries, then this run's.
+
+    A checkpoint's are those of the run around it. A stage without facts is kept as unrecorded, and has no card.
+    """
     path = Path(base) / CERTIFICATE
     earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
-    try:
-        return [*earlier, read_run_facts(run)]
-    except FileNotFoundError:
-        return earlier
+    for folder in (run, run.parent):
+        if (folder / FILE_NAME).is_file():
+            return [*earlier, read_run_facts(folder) | {"merged_from": run.name}]
+    return [*earlier, {"stage": UNRECORDED, "merged_from": run.name, "base_model": without_folder(str(base))}]
 
 
 def _parity_inputs(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    from PIL import Image
-
     picture = Image.linear_gradient("L").convert("RGB")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": PARITY_PROMPT}]
     return processor.apply_chat_template(
@@ -123,6 +132,8 @@ def _compare_logits(expected: torch.Tensor, found: torch.Tensor, prefix: str = "
 
 def _reload(folder: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> dict:
     """Load the folder alone, as its users will, and compare again; this includes what the cast lost."""
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True).eval()
-    AutoProcessor.from_pretrained(folder)
-    return _compare_logits(expected, _logits(model, inputs), prefix="reloaded_")
+    model, _ = load_pretrained(folder)
+    compared = _compare_logits(expected, _logits(model.eval(), inputs), prefix="reloaded_")
+    if not math.isfinite(compared["reloaded_max_logit_difference"]):
+        raise MergeError(f"{folder} answers with numbers that are not finite after the cast; use --dtype float32")
+    return {**compared, "weights": fingerprint_weights(model)}

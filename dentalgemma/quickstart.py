@@ -20,6 +20,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_builders.records import InputError
+
 IMAGES, CASES = 2400, 800
 TOWER = {"phantoms": 1500, "steps": 300}
 FAMILIES = ("diagnosis", "location", "findings")
@@ -45,7 +47,7 @@ STAGE2 = {"--learning_rate": 5e-4, "--max_steps": 150, "--eval_steps": 50, "--sa
 console = Console(stderr=True)
 
 
-class QuickstartError(RuntimeError):
+class QuickstartError(InputError):
     """A step of the quickstart that failed; the message names it."""
 
     exit_code = 1
@@ -212,14 +214,14 @@ def evaluate_arms(run: Rehearsal, arms: dict[str, tuple[str, str]]) -> dict:
     from dentalgemma.evaluation.generation import evaluate_questions
     from dentalgemma.evaluation.questions import load_questions
     from dentalgemma.evaluation.scoring import compare_predictions, score_predictions
-    from dentalgemma.models.loading import load_for_inference
+    from dentalgemma.models.loading import load_pretrained
 
     folder = run.folder / "evaluation"
     probe = folder / "probe.jsonl"
     items = load_questions(probe)
     with run.step("Evaluate base, tuned model and controls"):
         for arm, (name, images) in arms.items():
-            model, processor = load_for_inference(run.folder / "models" / name)
+            model, processor = load_pretrained(run.folder / "models" / name)
             evaluate_questions(
                 model,
                 processor,

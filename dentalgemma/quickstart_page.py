@@ -16,7 +16,7 @@ from data_builders.chat import SYSTEM_PROMPT
 from data_builders.claims import claims_from_json
 from data_builders.compose.wording import Wording, fill
 from data_builders.sources import load_vocabulary
-from dentalgemma.models.loading import load_for_inference
+from dentalgemma.models.loading import load_pretrained
 from dentalgemma.training.data import open_image
 from dentalgemma.training.run_facts import hardware, read_run_facts
 
@@ -35,7 +35,7 @@ ARM_NAMES = {
 
 def write_page(folder: Path, summary: dict) -> Path:
     """Write `index.html` into a quickstart's folder and return its path."""
-    models = {name: load_for_inference(folder / "models" / name) for name in ("base", "dentalgemma")}
+    models = {name: load_pretrained(folder / "models" / name) for name in ("base", "dentalgemma")}
     answers = _answer_in_words(folder / "data" / "vqa", models)
     device = hardware()
     environment = Environment(

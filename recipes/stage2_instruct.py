@@ -7,7 +7,7 @@ accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/stage2
 from pathlib import Path
 
 from dentalgemma.models.loading import load_model
-from dentalgemma.training.config import parse_stage
+from dentalgemma.training.config import parse_stage, plain_errors
 from dentalgemma.training.data import load_splits
 from dentalgemma.training.run_facts import write_run_facts
 from dentalgemma.training.trainer import StageTrainer
@@ -31,4 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

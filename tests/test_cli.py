@@ -92,6 +92,16 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("command", ["phantom", "tiny-model"])
+def test_folders_in_use_are_left_alone(monkeypatch, capsys, tmp_path, command):
+    (tmp_path / "thesis.txt").write_text("years")
+    code, text = run_main(monkeypatch, capsys, command, tmp_path)
+
+    assert code == 2
+    assert "is not empty" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_env_tells_versions_and_no_paths():
     facts = json.loads(run("env", "--json").stdout)
 

@@ -1,5 +1,6 @@
 """Image files: identity by pixels, size as displayed, and files that only pretend."""
 
+import io
 import struct
 import zlib
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_builders.images import EXIF_ORIENTATION, ImageError, find_images, measure, read_size, to_rgb
+from data_builders.images import EXIF_ORIENTATION, ImageError, find_images, measure, read_size, read_stored, to_rgb
 
 
 @pytest.fixture
@@ -44,7 +45,9 @@ def test_a_turned_photograph_has_the_size_it_is_shown_with(picture, tmp_path):
     ("mode", "value", "grey"),
     [
         pytest.param("L", 100, 100, id="grey"),
-        pytest.param("I;16", 25600, 100, id="16 bit"),
+        pytest.param("I;16", 0xFFFF, 255, id="16 bits"),
+        pytest.param("I;16", 0x0FFF, 255, id="12 bits in a file of 16"),
+        pytest.param("I;16", 100, 100, id="8 bits in a file of 16"),
         pytest.param("RGBA", (100, 100, 100, 255), 100, id="opaque"),
         pytest.param("RGBA", (100, 100, 100, 0), 0, id="transparent is black"),
         pytest.param("1", 1, 255, id="one bit"),
@@ -52,6 +55,20 @@ def test_a_turned_photograph_has_the_size_it_is_shown_with(picture, tmp_path):
 )
 def test_every_mode_becomes_rgb_by_one_rule(mode, value, grey):
     assert to_rgb(Image.new(mode, (2, 2), value)).getpixel((0, 0)) == (grey,) * 3
+
+
+def test_deep_greys_are_stored_as_8_bits_and_all_else_as_it_is(picture, tmp_path):
+    """Pillow's own conversion to RGB turns them white, for everybody who loads the dataset."""
+    Image.fromarray((np.arange(600) * 6).astype(np.uint16).reshape(20, 30)).save(tmp_path / "deep.png")
+    picture.save(tmp_path / "a.jpg")
+    suffix, content = read_stored(tmp_path / "deep.png")
+    stored = Image.open(io.BytesIO(content)).convert("RGB")
+
+    assert measure(tmp_path / "deep.png").is_deep
+    assert suffix == ".png"
+    assert stored.tobytes() == to_rgb(Image.open(tmp_path / "deep.png")).tobytes()
+    assert 100 < np.asarray(stored).mean() < 130
+    assert read_stored(tmp_path / "a.jpg") == (".jpg", (tmp_path / "a.jpg").read_bytes())
 
 
 def test_a_truncated_file_is_refused(picture, tmp_path):

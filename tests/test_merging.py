@@ -8,15 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter
-from dentalgemma.models.loading import LoadError, load_for_inference
+from dentalgemma.models.loading import LoadError, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS
 from dentalgemma.publishing.cards import CardError, write_model_card
 
 FACTS = {
     "stage": "vqa",
+    "base_is_local": True,
+    "base_is_rehearsal": True,
+    "data_sources": [{"name": "opg<b>", "license": "CC-BY-NC-SA-4.0", "modality": "panoramic", "rows": 10}],
     "trains": ["language_model"],
     "dataset": "data/vqa|x",
     "dataset_rows": {"train": 10},
@@ -121,7 +125,7 @@ def test_a_bf16_merge_says_what_the_cast_cost(tiny_model, tmp_path):
     certificate = merge_adapter(tmp_path / "run", tmp_path / "model")
 
     assert certificate["max_logit_difference"] < 1e-3 < certificate["reloaded_max_logit_difference"]
-    assert load_for_inference(tmp_path / "model")[0].dtype == torch.bfloat16
+    assert load_pretrained(tmp_path / "model")[0].dtype == torch.bfloat16
 
 
 def test_an_adapter_that_changes_nothing_is_refused(tiny_model, tmp_path):
@@ -132,11 +136,37 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny_model, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_an_adapter_with_nan_is_refused(tiny_model, tmp_path):
+    """A difference that is not a number is larger than no tolerance, unless one asks the right way round."""
+    write_adapter(tiny_model, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, tmp_path / "run" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(MergeError, match="differ from the adapter's by nan"):
+        merge_adapter(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_has_the_facts_of_its_run_and_a_stray_adapter_no_card(tiny_model, tmp_path):
+    write_adapter(tiny_model, tmp_path / "run" / "checkpoint-2", facts=False)
+    (tmp_path / "run" / "run_facts.json").write_text(json.dumps({**FACTS, "base_model": "tiny"}))
+    write_adapter(tiny_model, tmp_path / "lonely" / "stray", facts=False)
+    known = merge_adapter(tmp_path / "run" / "checkpoint-2", tmp_path / "a", dtype="float32")
+    unknown = merge_adapter(tmp_path / "lonely" / "stray", tmp_path / "b", dtype="float32")
+
+    assert (known["stages"][0]["stage"], known["stages"][0]["merged_from"]) == ("vqa", "checkpoint-2")
+    assert unknown["stages"][0]["stage"] == "unrecorded"
+    with pytest.raises(CardError, match="nothing is recorded of stray"):
+        write_model_card(tmp_path / "b")
+
+
 def test_a_folder_in_use_is_not_overwritten(tiny_model, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years")
 
-    with pytest.raises(MergeError, match="not empty"):
+    with pytest.raises(LoadError, match="not empty"):
         merge_adapter(tmp_path, tmp_path / "model")
 
 
@@ -150,13 +180,11 @@ def test_a_folder_in_use_is_not_overwritten(tiny_model, tmp_path):
 def test_what_is_no_model_is_said_in_one_sentence(tmp_path, make, message):
     make(tmp_path / "m")
     with pytest.raises(LoadError, match=message):
-        load_for_inference(tmp_path / "m")
+        load_pretrained(tmp_path / "m")
 
 
 def test_missing_weights_are_refused(tiny_model, tmp_path):
     """transformers would start them at random and only warn."""
-    from safetensors.torch import load_file, save_file
-
     for path in tiny_model.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
@@ -164,31 +192,85 @@ def test_missing_weights_are_refused(tiny_model, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(LoadError, match=r"1 weights are missing, for example .*q_proj"):
-        load_for_inference(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_the_card_is_rendered_from_facts_alone(merged):
     folder, _ = merged
     text = write_model_card(folder).read_text()
 
-    assert "\n\n- vqa: 1.5000 → 1.2500\n\n## Evaluation\n\nNot evaluated yet.\n\n## Merge\n" in text
+    assert "\n\nLoRA r = 8" in text  # no row of the table above
+    assert "\n\n- vqa: 1.5000 → 1.2500\n\n| source |" in text
+    assert "\n\n## Evaluation\n\nNot evaluated yet.\n\n## Merge\n" in text
     assert r"data/vqa\|x" in text
     assert "license_name: rehearsal" in text
     assert "base_model:" not in text  # never a path of this machine
     assert str(folder.parent) not in text
 
 
-def test_a_medgemma_base_passes_its_terms_on(merged):
-    folder, certificate = merged
-    own = json.loads((folder / CERTIFICATE).read_text())
-    own["stages"][0]["base_model"] = "google/medgemma-1.5-4b-it"
-    (folder / CERTIFICATE).write_text(json.dumps(own))
-    text = write_model_card(folder).read_text()
-    (folder / CERTIFICATE).write_text(json.dumps(certificate))
+@pytest.fixture
+def recorded(merged):
+    """The certificate as a function that changes its first stage for one test."""
+    folder, _ = merged
+    text = (folder / CERTIFICATE).read_text()
+
+    def change(**facts):
+        document = json.loads(text)
+        document["stages"][0] |= facts
+        (folder / CERTIFICATE).write_text(json.dumps(document))
+        return folder
+
+    yield change
+    (folder / CERTIFICATE).write_text(text)
+
+
+def test_a_medgemma_base_passes_its_terms_on(recorded):
+    facts = {"base_model": "google/medgemma-1.5-4b-it", "base_is_local": False, "base_is_rehearsal": False}
+    text = write_model_card(recorded(**facts)).read_text()
 
     assert "license_name: health-ai-developer-foundations" in text
     assert "base_model: google/medgemma-1.5-4b-it" in text
     assert "license: apache-2.0" not in text
+
+
+def test_a_base_from_a_folder_must_be_named_for_its_terms(recorded):
+    folder = recorded(base_model="my-medgemma", base_is_rehearsal=False)
+
+    with pytest.raises(CardError, match="--base"):
+        write_model_card(folder)
+    text = write_model_card(folder, base="google/medgemma-1.5-4b-it").read_text()
+    assert "license_name: health-ai-developer-foundations" in text
+
+
+def test_the_card_lists_the_licences_of_the_data(merged):
+    text = write_model_card(merged[0]).read_text()
+
+    assert r"| opg\<b\> | panoramic | 10 | CC-BY-NC-SA-4.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"b": {"weights": "other"}}, "does not have the weights", id="another model"),
+        pytest.param({"b": {"images": "blank"}}, "not on controls", id="a control arm"),
+        pytest.param({"b": {"wilson": None}, "a": {}}, "is no comparison", id="scores"),
+    ],
+)
+def test_a_comparison_that_is_not_about_this_model_is_refused(merged, tmp_path, change, message):
+    folder, certificate = merged
+    side = {"accuracy": 0.5, "correct": 5, "wilson": [0.2, 0.8], "model": "m", "mode": "generate", "images": "true"}
+    document = {
+        "n": 10, "images_asked": 5, "splits": ["validation"], "difference": 0.0, "difference_by_image": [-0.1, 0.1],
+        "only_a": 1, "only_b": 1, "mcnemar_p": 1.0, "a": side, "b": side | {"weights": certificate["weights"]},
+    }  # fmt: skip
+    (tmp_path / "good.json").write_text(json.dumps(document))
+    wrong = document | {name: document[name] | new if new else new for name, new in change.items()}
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+
+    assert "images of split validation" in write_model_card(folder, tmp_path / "good.json").read_text()
+    with pytest.raises(CardError, match=message):
+        write_model_card(folder, tmp_path / "wrong.json")
+    write_model_card(folder)
 
 
 def test_a_folder_without_certificate_gets_no_card(tiny_model):

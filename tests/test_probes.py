@@ -230,11 +230,12 @@ def test_wrong_use_is_answered_with_what_to_do(tmp_path):
 
 
 def test_an_own_vocabulary_words_its_findings(tmp_path):
-    vocabulary = tmp_path / "own.yaml"
+    """The builder leaves it in the dataset folder, so that nobody has to name it again."""
     names = "{one: tongue tie, other: tongue ties, condition: a tongue tie, gender: f}"
-    vocabulary.write_text(f"tongue_tie:\n  kind: pathology\n  en: {names}\n  es: {names}\n")
-
-    (item,) = probe(tmp_path, [record(1, [("tongue_tie", None)], modality="bitewing")], vocabulary=vocabulary)
+    dataset = write_dataset(tmp_path / "dataset", [record(1, [("tongue_tie", None)], modality="bitewing")])
+    (dataset / "vocabulary.yaml").write_text(f"tongue_tie:\n  kind: pathology\n  en: {names}\n  es: {names}\n")
+    build_probe(dataset, "test", tmp_path / "probe.jsonl")
+    (item,) = read(tmp_path / "probe.jsonl")
 
     assert item["options"][item["answer"]] == "A tongue tie."
 

@@ -12,6 +12,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from data_builders.audit import audit
 from data_builders.claims import Claim, Placed, check_claims, claims_from_json
 from data_builders.dataset_folder import BuildError
 from data_builders.records import Finding
@@ -137,7 +138,7 @@ def test_yes_and_no_are_equally_frequent_for_every_condition(vqa_dataset):
         for row in rows.filter(lambda kind: kind == "presence", input_columns="question_type"):
             claim = claims_from_json(row["claims"])[0]
             verdicts.setdefault(claim.label, []).append(claim.negated)
-            assert row["completion"][0]["content"].startswith("No, " if claim.negated else "Yes, ")
+            assert row["completion"][0]["content"].startswith("No, " if claim.negated else ("Yes, ", "Yes: "))
         assert all(asked.count(True) == asked.count(False) for asked in verdicts.values())
 
 
@@ -189,32 +190,95 @@ def test_files_that_show_the_same_pixels_are_built_once_and_contradictions_not_a
 
 def test_what_has_deep_caries_is_not_said_to_be_free_of_caries(tmp_path):
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
-    text = sources.read_text().replace("0: caries", "0: deep_caries")
-    sources.write_text(text.replace("[caries, infection]", "[caries, deep_caries, infection]"))
+    text = sources.read_text().replace("{0: caries, 1: infection}", "{0: deep_caries, 1: infection, 2: caries}")
+    sources.write_text(text)
 
-    denied = rows_text(sources, tmp_path / "out")
+    denied = {claim.label for claim in built_claims(sources, tmp_path / "out") if claim.negated}
 
-    assert '"label":"infection","negated":true' in denied
-    assert '"label":"caries","negated":true' not in denied
-
-
-def test_nothing_is_denied_that_another_source_shows_on_the_same_picture(tmp_path):
-    """The published ancestor taught "no caries" on radiographs that lay in the folder "Caries" as well."""
-    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
-    folder = tmp_path / "s" / "classes" / "sound"
-    folder.mkdir(parents=True)
-    shutil.copy(tmp_path / "s" / "images" / "p0.png", folder / "renamed.png")
-    text = sources.read_text().replace("root: .,", "root: ., images: images, labels: labels,")
-    sources.write_text(
-        text + "  - {name: folders, reader: class_folders, root: classes, modality: panoramic, "
-        "classes: {sound: healthy_tooth}, exhaustive: [caries, infection]}\n"
-    )
-
-    build(sources, tmp_path / "out")
-
-    rows = [row for row in pq.read_table(tmp_path / "out" / "data").to_pylist() if row["source"] == "folders"]
-    denied = {claim.label for row in rows for claim in claims_from_json(row["claims"]) if claim.negated}
     assert denied == {"infection"}
+
+
+def test_absence_cannot_be_claimed_of_what_nobody_annotates(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    sources.write_text(sources.read_text().replace("1: infection", "1: null"))
+
+    with pytest.raises(SourcesError, match="exhaustive names 'infection', which no label is mapped to"):
+        load_sources(sources)
+
+
+def two_sources_on_one_picture(folder, first, second):
+    """Sources `a` and `b` that hold the same picture, each with one line of its own."""
+    texts = []
+    for name, line in (("a", first), ("b", second)):
+        yolo_source(folder / name, line)
+        for number in (1, 2):
+            (folder / name / "images" / f"p{number}.png").unlink()
+            (folder / name / "labels" / f"p{number}.txt").unlink()
+        text = (folder / name / "sources.yaml").read_text()
+        texts.append(text.replace("name: s", f"name: {name}").replace("root: .", f"root: {name}"))
+    (folder / "both.yaml").write_text(texts[0] + texts[1].removeprefix("sources:\n"))
+    return folder / "both.yaml"
+
+
+def test_two_sources_on_one_picture_do_not_contradict_each_other(tmp_path):
+    """The published ancestor taught "no caries" on radiographs that lay in the folder "Caries" as well."""
+    same = two_sources_on_one_picture(tmp_path / "same", "0 .2 .3 .1 .1\n", "0 .8 .7 .1 .1\n")
+    other = two_sources_on_one_picture(tmp_path / "other", "0 .2 .3 .1 .1\n", "1 .8 .7 .1 .1\n")
+
+    assert {claim.label for claim in built_claims(same, tmp_path / "1") if claim.negated} == {"infection"}
+    kinds = {row["question_type"] for row in pq.read_table(tmp_path / "1" / "data").to_pylist()}
+    assert kinds == {"diagnosis", "findings_location", "structured_report"}  # where "the" lesion is, is not one place
+    # Each source still says where else its own disease is not; neither denies the other's.
+    assert all(claim.region for claim in built_claims(other, tmp_path / "2") if claim.negated)
+    kinds = {row["question_type"] for row in pq.read_table(tmp_path / "2" / "data").to_pylist()}
+    assert kinds == {"findings_location", "location", "structured_report"}  # which disease it is, has two answers
+
+
+def built_claims(sources, out):
+    build(sources, out)
+    return [c for row in pq.read_table(out / "data").to_pylist() for c in claims_from_json(row["claims"])]
+
+
+def test_images_that_nothing_is_asked_about_take_no_place_in_a_split(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    for number in range(30):
+        Image.new("L", (40, 20), 130 + number).save(tmp_path / "s" / "images" / f"unlabelled{number}.png")
+
+    report = build(sources, tmp_path / "out")
+
+    assert {split: counts["images"] for split, counts in report["splits"].items()} == {
+        "train": 1, "validation": 1, "test": 1,
+    }  # fmt: skip
+    assert report["empty_splits"] == []
+
+
+def test_annotations_that_support_no_question_are_no_dataset(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    text = sources.read_text().replace("{0: caries, 1: infection}, exhaustive: [caries, infection]", "{0: null}")
+    sources.write_text(text)
+
+    with pytest.raises(BuildError, match="support no question"):
+        build(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_that_the_user_knows_are_compared(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n", extra=", expected_images: {caries: 3, infection: 2}")
+    source = audit(load_sources(sources), progress=False)["sources"][0]
+
+    assert [problem["message"] for problem in source["problems"]] == [
+        "0 images show infection, 2 are expected: is the class map right?"
+    ]
+
+
+def test_a_tooth_number_that_is_there_twice_is_reported(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n0 .8 .7 .1 .1\n")
+    (tmp_path / "s" / "data.yaml").write_text("names: ['11']\n")
+    text = sources.read_text().replace("{0: caries, 1: infection}, exhaustive: [caries, infection]", "fdi")
+    sources.write_text(text)
+    source = audit(load_sources(sources), progress=False)["sources"][0]
+
+    assert source["problem_counts"] == {"duplicate_tooth": 3}
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path):
@@ -237,6 +301,18 @@ def test_a_failed_build_leaves_the_old_folder_and_no_half_one(tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError):
         build(sources, tmp_path / "out", seed=5)
     assert digest(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "out"}
+
+
+def test_a_build_replaces_its_own_files_and_no_others(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    build(sources, tmp_path / "out")
+    build(sources, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    with pytest.raises(BuildError, match=r"holds notes\.txt, which no build wrote"):
+        build(sources, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):

@@ -7,7 +7,7 @@ come from `compose/phrases`. Every statement of an answer is worded from a claim
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +41,7 @@ class Scene:
     record: ImageRecord
     placed: tuple[Placed, ...]
     vocabulary: Vocabulary
+    shown_elsewhere: frozenset[str] = frozenset()  # what other sources show on the same picture
 
     @cached_property
     def pathology(self) -> tuple[Placed, ...]:
@@ -72,9 +73,10 @@ class Scene:
 
     @cached_property
     def permanent_teeth(self) -> tuple[str, ...] | None:
-        """The distinct FDI numbers annotated, when all are permanent teeth; else `None`."""
-        teeth = {item.finding.tooth for item in self.placed if item.finding.label == "tooth"}
-        return tuple(sorted(teeth)) if teeth and all(tooth in PERMANENT for tooth in teeth) else None
+        """The FDI numbers annotated, when all are permanent teeth and none is there twice; else `None`."""
+        teeth = [item.finding.tooth for item in self.placed if item.finding.label == "tooth"]
+        usable = teeth and len(set(teeth)) == len(teeth) and all(tooth in PERMANENT for tooth in teeth)
+        return tuple(sorted(teeth)) if usable else None
 
     def claims_by_place(self, items: tuple[Placed, ...]) -> tuple[Claim, ...]:
         """One claim per label and region, maxilla before mandible, right before left."""
@@ -87,8 +89,9 @@ class Scene:
 
 
 def _diagnosis(scene: Scene, words: Wording) -> Iterator[Pair]:
-    """Which disease it is, where there is one kind of it."""
-    if len(scene.pathology_labels) == 1:
+    """Which disease it is, where there is one kind of it, in whatever source."""
+    diseases = {x for x in scene.shown_elsewhere if scene.vocabulary[x].kind == "pathology"}
+    if len(scene.pathology_labels) == 1 and diseases <= set(scene.pathology_labels):
         label = scene.pathology_labels[0]
         claim = claim_present(label, scene.placed, counted=False)
         question = words.draw("diagnosis", "questions", image=words.image(scene.record.modality))
@@ -98,20 +101,23 @@ def _diagnosis(scene: Scene, words: Wording) -> Iterator[Pair]:
 
 
 def _findings(scene: Scene, words: Wording) -> Iterator[Pair]:
-    """Everything that is there, with its place where the image allows it; or, where it may be said, that nothing is."""
+    """Everything that is there, with its place where the image allows it; and, where it may be said, what is not."""
     image = words.image(scene.record.modality)
     visible = scene.pathology if scene.located else _said_without_place(scene)
     family = "findings_location" if scene.located else "findings"
-    if visible and (scene.pathology or not scene.deniable):
+    claims: tuple[Claim, ...] = ()
+    sentences = []
+    if visible:
         claims = scene.claims_by_place(visible)
         findings = words.list(words.finding(claim) for claim in claims)
-        answer = words.draw(family, "answers", image=image, findings=findings)
-    elif scene.deniable:
-        claims = tuple(Claim(label, negated=True) for label in scene.deniable)
-        conditions = words.list((words.condition(label) for label in scene.deniable), last="or")
-        answer = words.draw("no_findings", "answers", image=image, conditions=conditions)
-    else:
+        sentences.append(words.draw(family, "answers", image=image, findings=findings))
+    if not scene.pathology and scene.deniable:
+        claims += tuple(Claim(label, negated=True) for label in scene.deniable)
+        conditions = words.list((words.absent(label) for label in scene.deniable), last="or")
+        sentences.append(words.draw("no_findings", "answers", image=image, conditions=conditions))
+    if not sentences:
         return
+    answer = " ".join(sentences)
     yield Pair(family, words.draw(family, "questions", image=image), answer, claims)
 
 
@@ -124,7 +130,7 @@ def _location(scene: Scene, words: Wording) -> Iterator[Pair]:
     """Where a disease lies, for one that is there exactly once."""
     image = words.image(scene.record.modality)
     for claim in scene.claims_by_place(scene.pathology) if scene.located else ():
-        if claim_present(claim.label, scene.placed).count == 1:
+        if claim.label not in scene.shown_elsewhere and claim_present(claim.label, scene.placed).count == 1:
             name = words.name(claim.label)
             question = words.draw("location", "questions", image=image, finding=name, the=words.the(claim.label))
             answer = words.draw("location", "answers", in_region=words.in_region(claim.region))
@@ -143,7 +149,7 @@ def _presence(scene: Scene, words: Wording) -> Iterator[Pair]:
             answer = words.draw("presence", "affirmed", image=image, condition=condition, findings=findings)
         else:
             claims = (Claim(label, negated=True),)
-            answer = words.draw("presence", "denied", image=image, condition=condition)
+            answer = words.draw("presence", "denied", image=image, condition=words.absent(label))
         question = words.draw("presence", "questions", image=image, condition=condition)
         yield Pair("presence", question, answer, claims, asks=label, verdict=bool(items))
 
@@ -159,7 +165,7 @@ def _structured_report(scene: Scene, words: Wording) -> Iterator[Pair]:
         lines.append(fill(words.phrases["structured_report"]["line"], region=words.region(region), findings=findings))
     others = _regions_without(claims)
     if others and scene.deniable:
-        conditions = words.list((words.condition(label) for label in scene.deniable), last="or")
+        conditions = words.list((words.absent(label) for label in scene.deniable), last="or")
         lines.append(words.phrases["structured_report"]["rest"].format(conditions=conditions))
         claims += tuple(Claim(label, region=region, negated=True) for region in others for label in scene.deniable)
     question = words.draw("structured_report", "questions", image=words.image(scene.record.modality))
@@ -197,7 +203,7 @@ def _completeness(scene: Scene, words: Wording) -> Iterator[Pair]:
     if not missing:
         answer = words.draw("completeness", "complete")
     else:
-        count = words.count(len(scene.permanent_teeth))
+        count = str(len(scene.permanent_teeth))
         answer = words.draw("completeness", "missing", count=count, missing=words.teeth(missing))
         if set(missing) <= set(THIRD_MOLARS):
             answer += " " + words.phrases["completeness"]["third_molars_only"]
@@ -223,10 +229,14 @@ def compose_pairs(
     language: Language,
     seed: int,
     locations: bool = True,
+    shown_elsewhere: Collection[str] = (),
     families: tuple[Family, ...] = tuple(FAMILIES),
 ) -> Iterator[Pair]:
-    """Yield the pairs for one image; the same image always gets the same pairs, whatever else is built."""
-    scene = Scene(record, place_findings(record, locations=locations), vocabulary)
+    """Yield the pairs for one image; the same image always gets the same pairs, whatever else is built.
+
+    `shown_elsewhere` are the labels that other sources show on the same picture.
+    """
+    scene = Scene(record, place_findings(record, locations=locations), vocabulary, frozenset(shown_elsewhere))
     for family in families:
         rng = random.Random(f"{seed}/{record.source}/{record.image_id}/{family}/{language}")
         yield from FAMILIES[family](scene, Wording(language, vocabulary, rng))

@@ -44,6 +44,11 @@ class Wording:
         """The disease as such: `caries`, `an impacted tooth`."""
         return getattr(self.vocabulary[label], self.language).condition
 
+    def absent(self, label: str) -> str:
+        """The disease after "no sign of", where some languages drop the article."""
+        first, _, rest = self.condition(label).partition(" ")
+        return rest if first in self.phrases["articles"] else self.condition(label)
+
     def the(self, label: str) -> str:
         """The definite article of a label, where the language bends it."""
         return {"f": "la", "m": "el"}.get(getattr(self.vocabulary[label], self.language).gender or "", "the")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import time
@@ -30,6 +29,7 @@ from dentalgemma.evaluation.questions import (
     read_predictions,
     swap_images,
 )
+from dentalgemma.models.loading import fingerprint_weights
 
 Arm = Literal["true", "blank", "other"]
 GREY = (128, 128, 128)
@@ -104,16 +104,6 @@ def evaluate_questions(
             os.fsync(file.fileno())
             bar.advance(task, len(batch))
     model.train(was_training)
-
-
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """A hash over a sample of every weight tensor: tells models apart that were written to the same folder."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        values = weight.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _generate(

@@ -13,6 +13,7 @@ from typing import Literal
 from PIL import Image
 
 from data_builders.chat import prompt_messages
+from data_builders.records import InputError
 
 Mode = Literal["generate", "loglikelihood"]
 PROTOCOL_VERSIONS = {"generate": "letter/1", "loglikelihood": "option-mean/1"}  # how questions are put and scored
@@ -22,7 +23,7 @@ ASK_FOR_LETTER = {
 }
 
 
-class EvaluationError(ValueError):
+class EvaluationError(InputError):
     """Questions or predictions that cannot be used as they are; the message names the file and the remedy."""
 
 
@@ -44,6 +45,7 @@ class Question:
     question_type: str = ""
     language: str = "en"
     modality: str | None = None
+    split: str | None = None
 
     @property
     def item_hash(self) -> str:

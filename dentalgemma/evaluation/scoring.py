@@ -83,6 +83,7 @@ def compare_predictions(
     return {
         "n": len(first.items),
         "images_asked": len(set(first.images)),
+        "splits": sorted({item.split or "unknown" for item in first.items}),
         "level": LEVEL,
         "a": {**first.settings, **_accuracy(first.correct)},
         "b": {**second.settings, **_accuracy(second.correct)},

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
+from data_builders.records import InputError
+
 GATED = "accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
 
 
-class LoadError(RuntimeError):
+class LoadError(InputError):
     """A model that cannot be loaded; the message says what to do."""
 
 
@@ -24,7 +27,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     if config.model_name_or_path is None:
         raise LoadError("no model given: set --model_name_or_path to a Hub id or a folder")
     dtype = config.dtype if config.dtype in {"auto", None} else getattr(torch, config.dtype)
-    return load_for_inference(
+    return load_pretrained(
         config.model_name_or_path,
         dtype=dtype,
         revision=config.model_revision,
@@ -32,7 +35,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
-def load_for_inference(
+def load_pretrained(
     name: str | Path,
     *,
     dtype: torch.dtype | str | None = "auto",
@@ -63,6 +66,16 @@ def load_for_inference(
         missing = sorted(info["missing_keys"])
         raise LoadError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
     return model, processor
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """A hash over a sample of every weight tensor: tells models apart that were written to the same folder."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.detach().reshape(-1)
+        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _explain(name: str, error: OSError) -> str:

@@ -8,6 +8,8 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
+from data_builders.records import InputError
+
 # `all-linear` would adapt the vision tower too, and names alone would catch its q, k and v projections.
 LANGUAGE_MODEL_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PARTS = {
@@ -21,15 +23,15 @@ def adapter_config(model_config: ModelConfig, trains: Sequence[str]) -> PeftConf
     """The LoRA configuration that adapts the parts named in `trains`.
 
     Raises:
-        ValueError: for a part that cannot be trained yet, or when LoRA is switched off.
+        InputError: for a part that cannot be trained yet, or when LoRA is switched off.
     """
     if list(trains) != ["language_model"]:
-        raise ValueError(f"trains: {list(trains)}: only [language_model] can be trained so far")
+        raise InputError(f"trains: {list(trains)}: only [language_model] can be trained so far")
     if model_config.lora_target_modules:
-        raise ValueError("lora_target_modules is set by `trains`; leave it out")
+        raise InputError("lora_target_modules is set by `trains`; leave it out")
     config = get_peft_config(model_config)
     if not isinstance(config, LoraConfig):
-        raise ValueError("the recipes train LoRA adapters: set `use_peft: true`")
+        raise InputError("the recipes train LoRA adapters: set `use_peft: true`")
     config.target_modules = LANGUAGE_MODEL_LAYERS
     return config
 

@@ -100,6 +100,7 @@ def make_tiny_gemma3(folder: Path, texts: Iterable[str], *, seed: int = 0, vocab
         image_token_index=tokenizer.image_token_id,
         initializer_range=INIT_STD,
     )
+    config.rehearsal = True  # stays in config.json through training and merging: nobody shall take it for a real base
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=HIDDEN**-0.5)

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_builders.chat import SYSTEM_PROMPT
-from dentalgemma.merging import CERTIFICATE
+from data_builders.records import InputError
+from dentalgemma.merging import CERTIFICATE, UNRECORDED
 
 HAI_DEF = {
     "license": "other",
@@ -20,36 +21,40 @@ HAI_DEF = {
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
 
 
-class CardError(ValueError):
+class CardError(InputError):
     """A card that cannot be written; the message says which fact is missing."""
 
 
-def write_model_card(model: Path, comparison: Path | None = None) -> Path:
+def write_model_card(model: Path, comparison: Path | None = None, *, base: str | None = None) -> Path:
     """Write `README.md` into a merged model folder and return its path.
 
+    `base` is the Hub id of the base, where the runs started from a folder.
+
     Raises:
-        CardError: when the folder has no merge certificate or no facts of its stages.
+        CardError: when a fact is missing, or `comparison` is not about this model.
     """
     model = Path(model)
-    path = model / CERTIFICATE
-    if not path.is_file():
-        raise CardError(f"{path} is missing: make the folder with `dentalgemma merge`")
-    certificate = json.loads(path.read_text(encoding="utf-8"))
+    certificate = _read_certificate(model / CERTIFICATE)
     stages = certificate["stages"]
-    if not stages:
-        raise CardError(f"{path} knows no stage: the merged run has no run_facts.json")
-    compared = _read_comparison(comparison) if comparison else None
-    base = stages[0]["base_model"]
+    first = stages[0]
+    rehearsal = first["base_is_rehearsal"]
+    if first["base_is_local"] and not rehearsal and base is None:
+        raise CardError(
+            f"the first stage started from a folder, {first['base_model']}: say with --base which Hub model that is, "
+            "since its terms pass on to this one"
+        )
+    base = base or first["base_model"]
     body = (
         _environment()
         .get_template("model_card.md.jinja")
         .render(
             title=f"DentalGemma ({model.resolve().name})",
-            base=_public_name(base),
+            base="A small random model for rehearsals" if rehearsal else f"`{base}`",
             repo=model.resolve().name,
             stages=stages,
+            sources=[source for stage in stages for source in stage["data_sources"]],
             certificate=certificate,
-            comparison=compared,
+            comparison=_read_comparison(Path(comparison), certificate) if comparison else None,
             system_prompt=SYSTEM_PROMPT,
         )
     )
@@ -57,31 +62,40 @@ def write_model_card(model: Path, comparison: Path | None = None) -> Path:
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["dental", "medical", "dentalgemma"],
-        **_base_data(base),
+        **({"license": "other", "license_name": "rehearsal"} if rehearsal else _base_data(base)),
     )
     ModelCard(f"---\n{data}\n---\n\n{body}").save(model / "README.md")
     return model / "README.md"
 
 
-def _read_comparison(path: Path) -> dict:
+def _read_certificate(path: Path) -> dict:
+    if not path.is_file():
+        raise CardError(f"{path} is missing: make the folder with `dentalgemma merge`")
+    certificate = json.loads(path.read_text(encoding="utf-8"))
+    for stage in certificate["stages"]:
+        if stage["stage"] == UNRECORDED:
+            raise CardError(f"{path}: nothing is recorded of {stage['merged_from']}: its run has no run_facts.json")
+    return certificate
+
+
+def _read_comparison(path: Path, certificate: dict) -> dict:
+    """A comparison of the base with this very model, each shown the true images."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        document["a"]["wilson"], document["b"]["wilson"], document["mcnemar_p"]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["a"]["wilson"], document["b"]["wilson"], document["mcnemar_p"], document["splits"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CardError(f"{path} is no comparison; make it with `dentalgemma compare … --json > {path}`") from None
+    if document["b"]["weights"] != certificate["weights"]:
+        raise CardError(f"{path}: its second model, {document['b']['model']}, does not have the weights of this one")
+    if not document["a"]["images"] == document["b"]["images"] == "true":
+        raise CardError(f"{path}: a card compares models on their true images, not on controls")
     return document
 
 
 def _base_data(base: str) -> dict:
-    """What the front matter says of the base: never a path of this machine, and MedGemma's terms passed on."""
-    if Path(base).is_dir():
-        return {"license": "other", "license_name": "rehearsal"}
+    """What the front matter says of the base, with MedGemma's terms passed on."""
     terms = HAI_DEF if "medgemma" in base.lower() else {"license": "apache-2.0"} if "gemma-4" in base.lower() else {}
     return {"base_model": base, "base_model_relation": "finetune", **terms}
-
-
-def _public_name(base: str) -> str:
-    return f"a small random model ({Path(base).name})" if Path(base).is_dir() else base
 
 
 def _environment() -> Environment:
@@ -90,8 +104,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "cell": lambda value: MARKDOWN.sub(r"\\\1", str(value)).replace("\n", " "),
-        "code": lambda value: "`" + str(value).replace("`", "'") + "`",
+        "points": lambda share: f"{100 * share:+.1f}",
         "percent": lambda share: f"{100 * share:.1f} %",
-        "base_name": lambda value: value if not Path(value).is_dir() else Path(value).name,
     }
     return environment

@@ -12,12 +12,13 @@ from PIL import Image as PillowImage
 from transformers import ProcessorMixin
 
 from data_builders.images import to_rgb
+from data_builders.records import InputError
 from dentalgemma.training.config import StageConfig
 
 IGNORED = -100  # the label that cross entropy leaves out
 
 
-class DatasetError(ValueError):
+class DatasetError(InputError):
     """A dataset that a recipe cannot train on; the message says what is missing."""
 
 

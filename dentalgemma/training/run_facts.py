@@ -12,6 +12,8 @@ import torch
 from datasets import DatasetDict
 from trl import ModelConfig
 
+from data_builders.dataset_folder import REPORT
+from data_builders.records import InputError
 from dentalgemma import __version__
 from dentalgemma.models.parts import count_parameters
 from dentalgemma.training.config import StageConfig
@@ -45,9 +47,12 @@ def write_run_facts(trainer: StageTrainer, stage: StageConfig, model_config: Mod
     facts = {
         "stage": stage.stage,
         "trains": stage.trains,
-        "base_model": model_config.model_name_or_path,
+        "base_model": without_folder(model_config.model_name_or_path),
+        "base_is_local": Path(model_config.model_name_or_path or "").is_dir(),
+        "base_is_rehearsal": getattr(trainer.model.config, "rehearsal", False),
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
-        "dataset": stage.dataset_name,
+        "dataset": without_folder(stage.dataset_name),
+        "data_sources": _data_sources(stage.dataset_name),
         "dataset_rows": {split: len(rows) for split, rows in dataset.items()},
         "dataset_fingerprints": {split: rows._fingerprint for split, rows in dataset.items()},
         "parts": count_parameters(trainer.model),
@@ -65,21 +70,35 @@ def write_run_facts(trainer: StageTrainer, stage: StageConfig, model_config: Mod
         "hardware": hardware(),
         "versions": {"dentalgemma": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_folder, sys.argv[1:])],
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     (Path(args.output_dir) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def without_folder(value: str | None) -> str | None:
+    """A path of this machine as its last part, a Hub id or any other value as it is: facts end up in public cards."""
+    return Path(value).name if value and (Path(value).is_absolute() or Path(value).exists()) else value
+
+
+def _data_sources(dataset: str | None) -> list[dict]:
+    """Name, licence and rows of the sources behind a dataset folder, from its build report."""
+    path = Path(dataset or "") / REPORT
+    if not path.is_file():
+        return []
+    keys = ("name", "license", "url", "modality", "rows")
+    return [{key: source.get(key) for key in keys} for source in json.loads(path.read_text("utf-8"))["sources"]]
 
 
 def read_run_facts(run: Path) -> dict:
     """Read the facts of a run folder.
 
     Raises:
-        FileNotFoundError: when the folder holds none, as while the run still goes on.
+        InputError: when the folder holds none, as while the run still goes on.
     """
     path = Path(run) / FILE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {run} is no folder of a finished run")
+        raise InputError(f"{path} is missing: {run} is no folder of a finished run")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

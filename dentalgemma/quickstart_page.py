@@ -35,7 +35,7 @@ ARM_NAMES = {
 
 def write_page(folder: Path, summary: dict) -> Path:
     """Write `index.html` into a quickstart's folder and return its path."""
-    models = {name: load_pretrained(folder / "models" / name) for name in ("base", "dentalgemma")}
+    models = {name: load_pretrained(folder / "models" / name) for name in ("base", "stage1_vqa", "dentalgemma")}
     answers = _answer_in_words(folder / "data" / "vqa", models)
     device = hardware()
     environment = Environment(
@@ -50,7 +50,8 @@ def write_page(folder: Path, summary: dict) -> Path:
         hardware=f"{device['device']}, {device.get('threads', device.get('count'))} threads",
         parameters=models["base"][0].num_parameters(),
         answers=answers,
-        right=sum(answer["is_right"] for answer in answers),
+        right=sum(answer["tuned_right"] for answer in answers),
+        right_after_stage1=sum(answer["stage1_right"] for answer in answers),
         curves=_draw_curves(folder / "runs"),
         samples=[*_samples(folder / "data" / "vqa", 5), *_samples(folder / "data" / "instruct", 1)],
     )
@@ -73,7 +74,9 @@ def _answer_in_words(dataset: Path, models: dict) -> list[dict]:
                 "question": question,
                 "expected": row["completion"][0]["content"],
                 "tuned": said["dentalgemma"],
-                "is_right": said["dentalgemma"] in _right_answers(row),
+                "tuned_right": said["dentalgemma"] in _right_answers(row),
+                "stage1": said["stage1_vqa"],
+                "stage1_right": said["stage1_vqa"] in _right_answers(row),
                 "base": said["base"][:160],
             }
         )

@@ -92,7 +92,7 @@ def _right_answers(row: dict) -> set[str]:
 
 
 @torch.inference_mode()
-def generate(model, processor, image: dict, question: str, *, max_new_tokens: int = 64) -> str:
+def generate(model, processor, image: dict, question: str, *, max_new_tokens: int = 40) -> str:
     """The model's answer to one question on one image, decoded greedily."""
     messages = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},

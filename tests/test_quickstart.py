@@ -50,7 +50,7 @@ def test_the_page_is_self_contained(finished):
     _, page, summary = finished
 
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert page.count("<dt>Tuned model</dt>") == min(10, page.count("<dt>Annotated</dt>"))
+    assert page.count("<dt>After stage 1</dt>") == min(10, page.count("<dt>Annotated</dt>"))
     assert f"{100 * summary['scores']['base']['accuracy']:.1f} %" in page
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_builders.chat import SPLITS, Row
-from data_builders.records import InputError
+from data_builders.records import InputError, Problem
 
 REPORT = "build_report.json"
 ROW_GROUP_BYTES = 64 << 20  # of distinct images; what a reader decodes at a time
@@ -28,6 +28,14 @@ ReadImage = Callable[[str], tuple[str, bytes]]  # image id -> file name, bytes
 
 class BuildError(InputError):
     """A build that must not go on; the message says what to do."""
+
+
+def stop_on(problems: Sequence[Problem], why: str = "these problems stop the build") -> None:
+    """Raise a BuildError that shows the problems, if there are any."""
+    if problems:
+        shown = "\n".join(str(problem) for problem in problems[:20])
+        more = f"\n… and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise BuildError(f"{why}:\n{shown}{more}")
 
 
 @contextmanager
@@ -51,6 +59,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
+    if folder.is_file():
+        raise BuildError(f"{folder} is a file; --out names a folder")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if not found:
         return

@@ -14,7 +14,15 @@ from pathlib import Path
 from data_builders.audit import SourceContent, count_problems, read_source
 from data_builders.chat import SPLITS, SYSTEM_PROMPT, Message, Row, answer_messages
 from data_builders.claims import claims_to_json
-from data_builders.dataset_folder import BuildError, new_folder, write_card, write_jsonl, write_report, write_rows
+from data_builders.dataset_folder import (
+    BuildError,
+    new_folder,
+    stop_on,
+    write_card,
+    write_jsonl,
+    write_report,
+    write_rows,
+)
 from data_builders.readers.cases import Case
 from data_builders.records import Problem, Split
 from data_builders.sources import Shares, Source, SourcesFile
@@ -68,12 +76,13 @@ def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = N
 def _stop_on_errors(sources_file: SourcesFile, contents: Sequence[SourceContent], *, strict: bool) -> None:
     if not contents:
         raise BuildError(f"{sources_file.path}: no source has `reader: cases`; for images run `dentalgemma build`")
-    fatal = [p for content in contents for p in content.problems if p.severity == "error"]
-    shown = "\n".join(str(problem) for problem in fatal[:20]) + (f"\n… and {len(fatal) - 20} more" * (len(fatal) > 20))
-    if fatal and strict:
-        raise BuildError(f"{len(fatal)} problems stop the build:\n{shown}")
+    errors = [p for content in contents for p in content.problems if p.severity == "error"]
+    if strict:
+        stop_on(errors)
     if not any(content.cases for content in contents):
-        raise BuildError(f"{sources_file.path}: no usable case in any source\n{shown}")
+        why = f"{sources_file.path}: no usable case in any source"
+        stop_on(errors, why)
+        raise BuildError(why)
 
 
 def _drop_duplicates(contents: Iterable[SourceContent], problems: Mapping[str, list[Problem]]) -> list[Item]:

@@ -75,12 +75,10 @@ def _sources_yaml(name: str, seed: int, families: Sequence[str]) -> str:
 
 
 def _yolo(folder: Path, phantoms: Iterable[Phantom], pictures: Path) -> None:
-    def line(finding: Finding) -> str:
-        left, top, right, bottom = _bounds(finding)
-        numbers = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
-        return f"{CONDITIONS.index(finding.label)} " + " ".join(f"{number:.7f}" for number in numbers)
+    def lines(phantom: Phantom) -> Iterable[str]:
+        return (_yolo_box(CONDITIONS.index(finding.label), finding) for finding in phantom.findings)
 
-    _write_yolo(folder, phantoms, pictures, CONDITIONS, lambda phantom: map(line, phantom.findings))
+    _write_yolo(folder, phantoms, pictures, CONDITIONS, lines)
 
 
 def _yolo_obb(folder: Path, phantoms: Iterable[Phantom], pictures: Path) -> None:
@@ -92,12 +90,16 @@ def _yolo_obb(folder: Path, phantoms: Iterable[Phantom], pictures: Path) -> None
 
 
 def _teeth(folder: Path, phantoms: Iterable[Phantom], pictures: Path) -> None:
-    def line(tooth: Finding) -> str:
-        left, top, right, bottom = _bounds(tooth)
-        numbers = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
-        return f"{PERMANENT.index(tooth.tooth or '')} " + " ".join(f"{number:.7f}" for number in numbers)
+    def lines(phantom: Phantom) -> Iterable[str]:
+        return (_yolo_box(PERMANENT.index(tooth.tooth or ""), tooth) for tooth in phantom.teeth)
 
-    _write_yolo(folder, phantoms, pictures, PERMANENT, lambda phantom: map(line, phantom.teeth))
+    _write_yolo(folder, phantoms, pictures, PERMANENT, lines)
+
+
+def _yolo_box(class_id: int, finding: Finding) -> str:
+    left, top, right, bottom = _bounds(finding)
+    numbers = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    return f"{class_id} " + " ".join(f"{number:.7f}" for number in numbers)
 
 
 def _write_yolo(

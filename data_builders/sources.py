@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -250,16 +250,18 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key may not come twice, nor be a boolean: `no: …` is False to YAML, and False equals 0."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Refuse such keys with their line; what cannot be a key at all is refused by PyYAML."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, bool):
                 message = f"the key {key_node.value!r} is a boolean to YAML; put it in quotes"
                 raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
-            if not isinstance(key, list) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
+            if not isinstance(key, Hashable):
+                continue
+            if key in seen:
+                message = f"the key {key!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -271,6 +273,8 @@ def _read_yaml(path: Path) -> dict:
         raise SourcesError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SourcesError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise SourcesError(f"{path}: is nested too deeply to be read") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

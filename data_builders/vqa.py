@@ -16,7 +16,15 @@ from data_builders.audit import SourceContent, count_problems, pick_unique, read
 from data_builders.chat import SPLITS, SYSTEM_PROMPT, Row, answer_messages, prompt_messages
 from data_builders.claims import check_claims, claims_to_json, place_findings
 from data_builders.compose.questions import FAMILIES, Pair, compose_pairs
-from data_builders.dataset_folder import BuildError, new_folder, write_card, write_jsonl, write_report, write_rows
+from data_builders.dataset_folder import (
+    BuildError,
+    new_folder,
+    stop_on,
+    write_card,
+    write_jsonl,
+    write_report,
+    write_rows,
+)
 from data_builders.images import read_stored
 from data_builders.records import ImageRecord
 from data_builders.sources import Source, SourcesFile, Vocabulary
@@ -43,7 +51,8 @@ def build_vqa(
     """
     seed = sources_file.seed if seed is None else seed
     contents = read_sources(sources_file, workers=workers, progress=progress)
-    _stop_on_errors(contents, strict=strict)
+    problems = [problem for content in contents for problem in content.problems]
+    stop_on([p for p in problems if p.code in BLOCKING or (strict and p.severity == "error")])
     records = [record for content in contents for record in pick_unique(content.records)[0]]
     if not records:
         raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
@@ -85,15 +94,6 @@ def build_vqa(
         )
         write_report(folder, report)
     return report
-
-
-def _stop_on_errors(contents: Sequence[SourceContent], *, strict: bool) -> None:
-    problems = [problem for content in contents for problem in content.problems]
-    fatal = [p for p in problems if p.code in BLOCKING or (strict and p.severity == "error")]
-    if fatal:
-        shown = "\n".join(str(problem) for problem in fatal[:20])
-        more = f"\n… and {len(fatal) - 20} more" if len(fatal) > 20 else ""
-        raise BuildError(f"{len(fatal)} problems stop the build:\n{shown}{more}")
 
 
 def _with_groups(

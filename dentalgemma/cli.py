@@ -368,5 +368,5 @@ def main() -> None:
 
 
 def _need_empty(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; choose a new folder")

@@ -325,6 +325,15 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_file_is_no_folder_to_build_into(tmp_path):
+    sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
+    (tmp_path / "out").write_text("mine")
+
+    with pytest.raises(BuildError, match="is a file"):
+        build(sources, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_inputs_are_left_as_they_are(phantoms, tmp_path):
     before = digest(phantoms / "yolo")
     build(phantoms / "sources.yaml", tmp_path / "out")
@@ -343,6 +352,7 @@ def test_inputs_are_left_as_they_are(phantoms, tmp_path):
         pytest.param(("sources:", "sources: ["), ":2: not valid YAML", id="not YAML"),
         pytest.param(("1: infection", "no: infection"), "put it in quotes", id="YAML's no is a boolean"),
         pytest.param(("1: infection", "0: infection"), "the key 0 is there twice", id="key twice"),
+        pytest.param(("1: infection", "? [1] : infection"), "unhashable key", id="key that is a list"),
         pytest.param(("sources:", "families: [riddles]\nsources:"), "riddles", id="unknown family"),
     ],
 )

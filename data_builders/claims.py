@@ -38,9 +38,9 @@ class Placed:
     region: str | None
 
 
-def place_findings(record: ImageRecord, *, locations: bool = True) -> tuple[Placed, ...]:
-    """Give each finding its region; only panoramics have regions, and none whose source says `locations: false`."""
-    if record.modality != "panoramic" or not locations:
+def place_findings(record: ImageRecord) -> tuple[Placed, ...]:
+    """Give each finding its region; only panoramics have regions, and none whose places mean nothing."""
+    if record.modality != "panoramic" or not record.locations:
         return tuple(Placed(finding, None) for finding in record.findings)
     middle = arch_middle(record.findings)
     return tuple(Placed(finding, finding_region(finding, middle)) for finding in record.findings)

@@ -63,11 +63,12 @@ class Finding:
 class ImageRecord:
     """One image and what its annotations say; a field that is not measured yet is `None`.
 
-    A reader fills `path`, `modality`, `source`, `declared_split`, `exhaustive`, `findings` and `ignored`. `image_id`
-    (SHA-256 of the pixels), `width` and `height` (pixels, as displayed) are measured from the file, `group_id` is
-    given by `data_builders.splits`. `exhaustive` names the labels whose absence may be stated; a reader empties it
-    when a line of this image could not be read, since the line may have held such a label. `ignored` are the raw
-    labels of annotations whose class is mapped to null, `rejected` the labels of those whose shape could not be used.
+    A reader fills `path`, `modality`, `source`, `declared_split`, `exhaustive`, `findings`, `ignored`, `rejected` and
+    `locations`. `image_id` (SHA-256 of the pixels), `width` and `height` (pixels, as displayed) are measured from the
+    file, `group_id` is given by `data_builders.splits`. `exhaustive` names the labels whose absence may be stated; a
+    reader empties it when a line of this image could not be read, since the line may have held such a label. `ignored`
+    are the raw labels of annotations whose class is mapped to null, `rejected` the labels of those whose shape could
+    not be used. `locations` is false where places mean nothing: in a flipped image, in a mosaic.
     """
 
     path: Path
@@ -82,6 +83,27 @@ class ImageRecord:
     findings: tuple[Finding, ...]
     ignored: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
+    locations: bool = True
+
+
+def record_from_json(document: Mapping) -> ImageRecord:
+    """A record as a line of a dataset folder's `records.jsonl` holds it; the path of its image is not kept there."""
+    findings = tuple(
+        Finding(
+            **{key: finding[key] for key in ("finding_id", "label", "shape", "tooth", "origin", "confidence")},
+            parts=tuple(tuple((x, y) for x, y in ring) for ring in finding["parts"]),
+            attributes=finding["attributes"],
+        )
+        for finding in document["findings"]
+    )
+    known = ("image_id", "width", "height", "modality", "source", "group_id", "locations")
+    return ImageRecord(
+        path=Path(),
+        declared_split=None,
+        exhaustive=tuple(document["exhaustive"]),
+        findings=findings,
+        **{key: document[key] for key in known},
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_builders.dentition import parse_fdi, parse_tooth_type
-from data_builders.records import InputError, Modality
+from data_builders.records import InputError, Modality, Origin
 
 Language = Literal["en", "es"]
 Family = Literal[
@@ -24,6 +24,20 @@ Family = Literal[
     "structured_report",
     "tooth_types",
     "completeness",
+    "image_type",
+    "severity",
+    "follow_up",
+    "urgency",
+    "differential",
+    "healthy_or_abnormal",
+    "overview",
+    "region",
+    "counting",
+    "side",
+    "quadrant",
+    "tooth_number",
+    "comparison",
+    "dialogue",
 ]
 
 
@@ -99,13 +113,35 @@ class Shares(BaseModel):
         return self
 
 
+class Questions(BaseModel):
+    """How many questions an image gets and of which families.
+
+    Of the questions that an image supports, `per_image` are drawn in each language, by the families' `weights` (1
+    unless stated); without it all are asked. Then, in each split, no answer to one and the same question keeps more
+    than the share `cap` of its rows, and "yes" and "no" are equally many for each condition.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    per_image: int | None = Field(default=None, ge=1)
+    weights: Mapping[Family, float] = Field(default_factory=dict)
+    cap: float = Field(default=0.5, gt=0, le=1)
+
+    @field_validator("weights")
+    @classmethod
+    def _not_negative(cls, weights: Mapping[Family, float]) -> Mapping[Family, float]:
+        if any(not 0 <= weight < float("inf") for weight in weights.values()):
+            raise ValueError("a weight is a number from 0")
+        return weights
+
+
 class Source(BaseModel):
     """One folder of annotations in one format.
 
     `root` is absolute once loaded. `classes` maps a raw label (a YOLO id, a COCO or VIA name, a folder name) to a name
     of the vocabulary, or to null where it is to be ignored; `fdi` and `tooth_types` stand for labels that are tooth
     numbers or the eight tooth types. `exhaustive` names the labels whose absence may be stated. `locations: false` is
-    for images that were flipped or put together, in which places mean nothing.
+    for images that were flipped or put together, in which places mean nothing. `origin: model` is for boxes that a
+    detector found: they are worded as possible, and never support a "no"; those below `min_confidence` are left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,6 +152,9 @@ class Source(BaseModel):
     modality: Modality | None = None
     exhaustive: tuple[str, ...] = ()
     locations: bool = True
+    origin: Origin = "human"
+    min_confidence: float = Field(default=0.0, ge=0, le=1)
+    questions_per_image: int | None = Field(default=None, ge=1)
     license: str | None = None
     url: str | None = None
     annotations: str | None = None
@@ -171,6 +210,7 @@ class SourcesFile(BaseModel):
     vocabulary: Path | None = None
     system_prompt: str | None = None
     families: tuple[Family, ...] | None = Field(default=None, min_length=1)
+    questions: Questions = Questions()
     sources: tuple[Source, ...] = Field(min_length=1)
 
     @field_validator("languages", "families")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.progress import track
 
 from data_builders.audit import SourceContent, count_problems, pick_unique, read_sources
-from data_builders.chat import SPLITS, SYSTEM_PROMPT, Row, answer_messages, prompt_messages
-from data_builders.claims import check_claims, claims_to_json, place_findings
-from data_builders.compose.questions import FAMILIES, Pair, compose_pairs
+from data_builders.chat import SPLITS, Row
+from data_builders.claims import place_findings
+from data_builders.compose.questions import Pair
+from data_builders.compose.rows import balance, compose_rows
 from data_builders.dataset_folder import (
     BuildError,
     new_folder,
@@ -68,13 +68,13 @@ def build_vqa(
     by_split: dict[str, list[tuple[Row, Pair]]] = {split: [] for split in SPLITS}
     for record, rows in composed:
         by_split[splits[record.group_id]] += rows
-    balanced = {split: _balance(items) for split, items in by_split.items()}
+    balanced = {split: balance(items) for split, items in by_split.items()}
     if not any(balanced.values()):
         raise BuildError(f"{sources_file.path}: the annotations support no question; run `dentalgemma audit`")
     paths = {record.image_id: record.path for record in reversed(records)}
     with new_folder(out) as folder:
         written = write_rows(folder, balanced, lambda image_id: _read_image(image_id, paths[image_id]))
-        write_jsonl(folder / "records.jsonl", _records((record for record, _ in composed), sources, splits))
+        write_jsonl(folder / "records.jsonl", _records((record for record, _ in composed), splits))
         if sources_file.vocabulary:
             shutil.copyfile(sources_file.vocabulary, folder / "vocabulary.yaml")
         report = _report(contents, balanced, written, seed)
@@ -140,66 +140,10 @@ def _compose_all(
     composed = []
     for record in track(records, "Composing", console=Console(stderr=True), disable=not progress):
         elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
-        rows = list(_compose(record, sources[record.source], sources_file, seed, elsewhere))
+        rows = list(compose_rows(record, sources[record.source], sources_file, seed, elsewhere))
         if rows:
             composed.append((record, rows))
     return composed
-
-
-def _compose(
-    record: ImageRecord, source: Source, sources_file: SourcesFile, seed: int, shown_elsewhere: Collection[str]
-) -> Iterator[tuple[Row, Pair]]:
-    """Yield the rows of an image; one whose claims the annotations do not carry is our own bug and stops the build."""
-    placed = place_findings(record, locations=source.locations)
-    for language in sources_file.languages:
-        for pair in compose_pairs(
-            record,
-            vocabulary=sources_file.terms(),
-            language=language,
-            seed=seed,
-            locations=source.locations,
-            shown_elsewhere=shown_elsewhere,
-            families=sources_file.families or tuple(FAMILIES),
-        ):
-            wrong = check_claims(pair.claims, placed, record.exhaustive)
-            if wrong:
-                raise BuildError(f"{record.path}: {pair.question_type}: {'; '.join(wrong)}")
-            yield _row(pair, record, source, language, sources_file.system_prompt), pair
-
-
-def _row(pair: Pair, record: ImageRecord, source: Source, language: str, system_prompt: str | None) -> Row:
-    assert record.image_id and record.group_id
-    claims = claims_to_json(pair.claims)
-    key = "/".join((record.source, record.image_id, language, pair.question_type, claims))
-    return Row(
-        images=[record.image_id],
-        prompt=prompt_messages(pair.question, SYSTEM_PROMPT if system_prompt is None else system_prompt),
-        completion=answer_messages(pair.answer),
-        row_id=hashlib.sha256(key.encode()).hexdigest()[:16],
-        image_id=record.image_id,
-        group_id=record.group_id,
-        source=record.source,
-        license=source.license,
-        language=language,
-        question_type=pair.question_type,
-        claims=claims,
-    )
-
-
-def _balance(items: Sequence[tuple[Row, Pair]]) -> list[Row]:
-    """As many "yes" as "no" for every condition of a source and language; which stay is decided by the row's id."""
-    verdicts: dict[tuple, dict[bool, list[Row]]] = defaultdict(lambda: {True: [], False: []})
-    kept = []
-    for row, pair in items:
-        if pair.verdict is None:
-            kept.append(row)
-        else:
-            verdicts[row["source"], row["language"], pair.asks][pair.verdict].append(row)
-    for answers in verdicts.values():
-        number = min(len(answers[True]), len(answers[False]))
-        for rows in answers.values():
-            kept += sorted(rows, key=lambda row: row["row_id"])[:number]
-    return kept
 
 
 def _read_image(image_id: str, path: Path) -> tuple[str, bytes]:
@@ -207,14 +151,11 @@ def _read_image(image_id: str, path: Path) -> tuple[str, bytes]:
     return f"{image_id[:16]}{suffix}", content
 
 
-def _records(
-    records: Iterable[ImageRecord], sources: Mapping[str, Source], splits: Mapping[str, str]
-) -> Iterator[dict]:
+def _records(records: Iterable[ImageRecord], splits: Mapping[str, str]) -> Iterator[dict]:
     """What the checker, the gallery, probes and clinical scores need to know of each image; no file names."""
     for record in records:
-        locations = sources[record.source].locations
         findings = []
-        for item in place_findings(record, locations=locations):
+        for item in place_findings(record):
             document = {**asdict(item.finding), "region": item.region}
             document.pop("where")
             findings.append(document)
@@ -226,7 +167,7 @@ def _records(
             "modality": record.modality,
             "width": record.width,
             "height": record.height,
-            "locations": locations,
+            "locations": record.locations,
             "exhaustive": list(record.exhaustive),
             "findings": findings,
         }

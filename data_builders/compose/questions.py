@@ -228,7 +228,6 @@ def compose_pairs(
     vocabulary: Vocabulary,
     language: Language,
     seed: int,
-    locations: bool = True,
     shown_elsewhere: Collection[str] = (),
     families: tuple[Family, ...] = tuple(FAMILIES),
 ) -> Iterator[Pair]:
@@ -236,7 +235,7 @@ def compose_pairs(
 
     `shown_elsewhere` are the labels that other sources show on the same picture.
     """
-    scene = Scene(record, place_findings(record, locations=locations), vocabulary, frozenset(shown_elsewhere))
+    scene = Scene(record, place_findings(record), vocabulary, frozenset(shown_elsewhere))
     for family in families:
         rng = random.Random(f"{seed}/{record.source}/{record.image_id}/{family}/{language}")
         yield from FAMILIES[family](scene, Wording(language, vocabulary, rng))

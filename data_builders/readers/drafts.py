@@ -186,4 +186,5 @@ class Draft:
             findings=tuple(self.findings),
             ignored=tuple(self.ignored),
             rejected=tuple(self.rejected),
+            locations=source.locations,
         )

@@ -1,87 +1,121 @@
-"""What a text states about an image: structured claims, and the proof that the annotations carry them."""
+"""What a text states about an image: structured claims, and how they are drawn from the findings of a record."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
-from data_builders.dentition import arch_middle, finding_region, is_fdi, tooth_type
+from data_builders.dentition import (
+    JAWS,
+    QUADRANTS,
+    arch_middle,
+    finding_quadrant,
+    finding_region,
+    finding_side,
+    is_fdi,
+    tooth_type,
+)
 from data_builders.records import Finding, ImageRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+IMAGE = "image"  # the label of a claim about the picture itself
+SEVERITY = "severity"  # the attribute of a finding that grades it
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """One statement: that `count` findings of `label` are there, or (`negated`) that there is none.
 
-    `region` narrows it to one region of a panoramic, `tooth` to an FDI number or a tooth type. `count` is `None`
-    where the text says only that there is at least one. `annotations` are the ids of the findings behind it, in the
-    order of the annotation file; a negated claim has none and rests on the source's exhaustive labels.
+    `region` narrows it to a region, jaw or quadrant of a panoramic, `side` to the patient's side, `tooth` to an FDI
+    number or a tooth type. `count` is `None` where the text says only that there is at least one. `severity` is the
+    grade that the annotation gives. `undetermined` names what the image cannot tell of the finding (`side`,
+    `severity`). `hedged` says that a detector found it and no human did. `annotations` are the ids of the findings
+    behind it, in the order of the annotation file; a negated claim has none and rests on the source's exhaustive
+    labels. A claim with the label `image` states the picture's `modality`.
     """
 
     label: str
     count: int | None = None
     region: str | None = None
+    side: str | None = None
     tooth: str | None = None
     negated: bool = False
+    severity: str | None = None
+    undetermined: str | None = None
+    hedged: bool = False
+    modality: str | None = None
     annotations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A finding and the region it lies in; `None` where the image allows no places (a photograph, a mosaic)."""
+    """A finding and where it lies; all `None` where the image allows no places (a photograph, a mosaic)."""
 
     finding: Finding
-    region: str | None
+    region: str | None = None
+    side: str | None = None
+    quadrant: str | None = None
 
 
 def place_findings(record: ImageRecord) -> tuple[Placed, ...]:
-    """Give each finding its region; only panoramics have regions, and none whose places mean nothing."""
-    if record.modality != "panoramic" or not record.locations:
-        return tuple(Placed(finding, None) for finding in record.findings)
+    """Give each finding its places; only panoramics have any, and none whose places mean nothing."""
+    if not has_places(record):
+        return tuple(Placed(finding) for finding in record.findings)
     middle = arch_middle(record.findings)
-    return tuple(Placed(finding, finding_region(finding, middle)) for finding in record.findings)
+    return tuple(
+        Placed(finding, finding_region(finding, middle), finding_side(finding), finding_quadrant(finding, middle))
+        for finding in record.findings
+    )
 
 
-def claims_to_json(claims: Iterable[Claim]) -> str:
-    """Canonical JSON with `schema_version`: the `claims` column of a dataset."""
-    document = {"schema_version": SCHEMA_VERSION, "claims": [asdict(claim) for claim in claims]}
+def has_places(record: ImageRecord) -> bool:
+    """Whether sides and regions may be named: intraoral photographs may be mirrored and show any view."""
+    return record.modality == "panoramic" and record.locations
+
+
+def claims_to_json(claims: Iterable[Claim], history: Iterable[Iterable[Claim]] = ()) -> str:
+    """Canonical JSON with `schema_version`: the `claims` column of a dataset; `history` of a dialogue's earlier turns.
+
+    Fields that state nothing are left out.
+    """
+    document: dict = {"schema_version": SCHEMA_VERSION, "claims": [_stated(claim) for claim in claims]}
+    if turns := [[_stated(claim) for claim in turn] for turn in history]:
+        document["history"] = turns
     return json.dumps(document, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def _stated(claim: Claim) -> dict:
+    values = {field.name: getattr(claim, field.name) for field in fields(claim)}
+    return {name: value for name, value in values.items() if value not in (None, False, ())}
+
+
 def claims_from_json(text: str) -> tuple[Claim, ...]:
-    """Read the `claims` column back.
+    """Read the `claims` column back: what the completion of the row states.
 
     Raises:
-        ValueError: when it was written by another schema version.
+        ValueError: when it was written by another schema version, or is not of this form.
     """
+    return _read_claims(_document(text)["claims"])
+
+
+def history_from_json(text: str) -> tuple[tuple[Claim, ...], ...]:
+    """What the earlier answers of a dialogue state, turn by turn; empty for a row of one turn."""
+    return tuple(_read_claims(turn) for turn in _document(text).get("history", ()))
+
+
+def _document(text: str) -> dict:
     document = json.loads(text)
     if document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"claims of schema version {document.get('schema_version')}, expected {SCHEMA_VERSION}")
-    return tuple(Claim(**{**claim, "annotations": tuple(claim["annotations"])}) for claim in document["claims"])
+    return document
 
 
-def check_claims(claims: Iterable[Claim], placed: Sequence[Placed], exhaustive: Iterable[str]) -> list[str]:
-    """Derive every claim again from the findings; return what does not hold, in words. Empty means proven."""
-    exhaustive = set(exhaustive)
-    wrong = []
-    for claim in claims:
-        behind = [item.finding.finding_id for item in placed if _is_about(claim, item)]
-        if claim.negated:
-            if behind:
-                wrong.append(f"{claim} denies what {', '.join(behind)} show")
-            if claim.label not in exhaustive:
-                wrong.append(f"{claim}: the absence of {claim.label} may not be stated, it is not exhaustive")
-        elif tuple(behind) != claim.annotations:
-            wrong.append(f"{claim} rests on {', '.join(behind) or 'nothing'}")
-        elif claim.count is None and not behind:
-            wrong.append(f"{claim} rests on nothing")
-        elif claim.count is not None and claim.count != _count(claim, placed):
-            wrong.append(f"{claim}: there are {_count(claim, placed)}")
-    return wrong
+def _read_claims(claims: Iterable[dict]) -> tuple[Claim, ...]:
+    try:
+        return tuple(Claim(**{**claim, "annotations": tuple(claim.get("annotations", ()))}) for claim in claims)
+    except TypeError as error:
+        raise ValueError(f"not a claim: {error}") from None
 
 
 def claim_present(
@@ -93,36 +127,52 @@ def claim_present(
     counted: bool = True,
 ) -> Claim:
     """The claim that findings of `label` (in a region, of a tooth) are there, with the annotations behind it."""
-    wanted = Claim(label, region=region, tooth=tooth)
-    behind = [item for item in placed if _is_about(wanted, item)]
-    count = _count(wanted, behind) if counted else None
-    return Claim(label, count, region, tooth, annotations=tuple(item.finding.finding_id for item in behind))
+    behind = [
+        item.finding
+        for item in placed
+        if item.finding.label == label
+        and (region is None or lies_in(item, region))
+        and (tooth is None or _is_tooth(item.finding, tooth))
+    ]
+    return Claim(
+        label,
+        count_findings(behind) if counted else None,
+        region,
+        tooth=tooth,
+        hedged=any(finding.origin == "model" for finding in behind),
+        annotations=tuple(finding.finding_id for finding in behind),
+    )
 
 
-def _is_about(claim: Claim, item: Placed) -> bool:
-    finding = item.finding
-    if finding.label != claim.label or (claim.region is not None and item.region != claim.region):
-        return False
-    if claim.tooth is None:
-        return True
+def lies_in(item: Placed, region: str) -> bool:
+    """Whether a finding lies in a region, a jaw or a quadrant."""
+    if region in QUADRANTS:
+        return item.quadrant == region
+    if region in JAWS:
+        return item.region is not None and item.region.endswith(region)
+    return item.region == region
+
+
+def _is_tooth(finding: Finding, tooth: str) -> bool:
     if finding.tooth is None:
         return False
-    return claim.tooth == (finding.tooth if is_fdi(claim.tooth) else _type_or_none(finding.tooth))
+    return tooth == (finding.tooth if is_fdi(tooth) else type_or_none(finding.tooth))
 
 
-def _type_or_none(tooth: str) -> str | None:
+def type_or_none(tooth: str) -> str | None:
+    """The tooth type behind a number or type name; `None` for a deciduous molar."""
     try:
         return tooth_type(tooth)
     except ValueError:
         return None
 
 
-def _count(claim: Claim, placed: Iterable[Placed]) -> int:
+def count_findings(findings: Iterable[Finding]) -> int:
     """How many there are: two boxes on one FDI number are one tooth, everything else counts by annotation."""
-    teeth = Counter()
-    for item in placed:
-        if _is_about(claim, item):
-            tooth = item.finding.tooth
-            numbered = item.finding.label == "tooth" and tooth is not None and is_fdi(tooth)
-            teeth[tooth if numbered else item.finding.finding_id] += 1
-    return len(teeth)
+    numbered = {
+        (finding.label, finding.tooth)
+        if finding.label == "tooth" and finding.tooth and is_fdi(finding.tooth)
+        else finding.finding_id
+        for finding in findings
+    }
+    return len(numbered)

@@ -34,6 +34,10 @@ REGIONS = (
     "left_mandibular",
 )
 
+JAWS = ("maxillary", "mandibular")
+QUADRANTS = ("upper_right", "upper_left", "lower_left", "lower_right")  # FDI's 1 to 4
+CONTRALATERAL = tuple((f"right_{jaw}", f"left_{jaw}") for jaw in JAWS)
+
 MIDLINE_HALF_WIDTH = 0.02  # within it a box cannot be called right or left
 ANTERIOR_HALF_WIDTH = 0.105  # canine to canine
 ARCH_NEEDS_TEETH = 8  # fewer boxes do not tell where the occlusal line is
@@ -87,7 +91,7 @@ def parse_tooth_type(text: str) -> str:
 
 def fdi_region(fdi: str) -> str:
     """The region that anatomy gives an FDI tooth: anterior is canine to canine."""
-    quadrant = (int(fdi[0]) - 1) % 4 + 1
+    quadrant = _quadrant(fdi)
     jaw = "maxillary" if quadrant in (1, 2) else "mandibular"
     if int(fdi[1]) <= 3:
         return f"anterior_{jaw}"
@@ -133,3 +137,25 @@ def finding_region(finding: Finding, middle: float = 0.5) -> str | None:
     if finding.tooth and is_fdi(finding.tooth):
         return fdi_region(finding.tooth)
     return region(finding.bounds, middle) if finding.bounds else None
+
+
+def finding_side(finding: Finding) -> str | None:
+    """The patient's side of a finding: from its FDI number where it has one, else from its box, else `None`."""
+    if finding.tooth and is_fdi(finding.tooth):
+        return "right" if _quadrant(finding.tooth) in (1, 4) else "left"
+    return side(finding.bounds) if finding.bounds else None
+
+
+def finding_quadrant(finding: Finding, middle: float = 0.5) -> str | None:
+    """The quadrant of a finding, one of `QUADRANTS`; `None` for what lies on the midline or spans both sides."""
+    if finding.tooth and is_fdi(finding.tooth):
+        return QUADRANTS[_quadrant(finding.tooth) - 1]
+    own_side, own_region = finding_side(finding), finding_region(finding, middle)
+    if own_region is None or own_side not in ("right", "left"):
+        return None
+    return f"{'upper' if own_region.endswith('maxillary') else 'lower'}_{own_side}"
+
+
+def _quadrant(fdi: str) -> int:
+    """1 to 4; the deciduous quadrants 5 to 8 lie where these do."""
+    return (int(fdi[0]) - 1) % 4 + 1

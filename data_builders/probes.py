@@ -13,6 +13,7 @@ from typing import get_args
 
 import pyarrow.parquet as pq
 
+from data_builders.claims import Claim
 from data_builders.compose.wording import Wording
 from data_builders.dataset_folder import BuildError, write_jsonl
 from data_builders.dentition import REGIONS
@@ -112,6 +113,8 @@ def _draft(records: Sequence[Mapping], terms: Vocabulary, seed: int) -> Iterator
             raise BuildError(f"{label!r} is not in the vocabulary; build the dataset folder again")
         shown[record["image_id"]] += [finding["label"] for finding in record["findings"]]
     for record in records:
+        if any(finding["origin"] == "model" for finding in record["findings"]):
+            continue  # a detector's opinion is no key for an examination
         labels = shown[record["image_id"]]
         diseases = sorted({label for label in labels if terms[label].kind == "pathology"})
         rng = random.Random(f"{seed}/{record['source']}/{record['image_id']}")
@@ -155,8 +158,7 @@ def _item(draft: Draft, key: str, language: Language, terms: Vocabulary, seed: i
         draft.question_type,
         "questions",
         image=words.image(record["modality"]),
-        finding=words.name(draft.finding),
-        the=words.the(draft.finding),
+        **words.subject(Claim(draft.finding)),
     )
     return {
         "item_id": f"{draft.pair_id}-{language}",

@@ -86,9 +86,13 @@ def _answer_in_words(dataset: Path, models: dict) -> list[dict]:
 def _right_answers(row: dict) -> set[str]:
     """The annotated answer in each of its wordings: what is said counts, not which phrase it is said with."""
     words = Wording("en", load_vocabulary(), random.Random(0))
-    findings = words.list(words.finding(claim) for claim in claims_from_json(row["claims"]))
-    phrases = words.phrases[row["question_type"]]["answers"]
-    return {fill(phrase, image=words.image("panoramic"), findings=findings) for phrase in phrases}
+    claims = claims_from_json(row["claims"])
+    image = words.image("panoramic")
+    if all(claim.negated for claim in claims):
+        conditions = words.absent(claim.label for claim in claims)
+        return {fill(x, image=image, conditions=conditions) for x in words.phrases["no_findings"]["answers"]}
+    findings = words.list(words.finding(claim) for claim in claims)
+    return {fill(x, image=image, findings=findings) for x in words.phrases[row["question_type"]]["answers"]}
 
 
 @torch.inference_mode()

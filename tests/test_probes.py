@@ -35,7 +35,7 @@ def record(number, findings, *, exhaustive=OPG, modality="panoramic", locations=
         "locations": locations,
         "exhaustive": list(exhaustive),
         "findings": [
-            {"finding_id": f"{number}/{i}", "label": label, "region": region}
+            {"finding_id": f"{number}/{i}", "label": label, "region": region, "origin": "human"}
             for i, (label, region) in enumerate(findings)
         ],
     }
@@ -244,3 +244,13 @@ def test_probes_load_without_torch():
     code = "import sys, data_builders.probes; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_detectors_findings_are_no_key(tmp_path):
+    found, detected = record(1, [("caries", "left_maxillary")]), record(2, [("caries", "left_maxillary")])
+    detected["findings"][0]["origin"] = "model"
+    write_dataset(tmp_path / "d", [found, detected])
+    build_probe(tmp_path / "d", "test", tmp_path / "probe.jsonl")
+    items = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+
+    assert {item["image_id"] for item in items} == {found["image_id"]}

@@ -1,0 +1,260 @@
+"""The proof of a row: its claims hold in the annotations, and its words say what its claims say, no more and no less.
+
+Nothing here is shared with the code that composes rows: claims are derived again from the findings, and texts are read
+back by `data_builders.reading`. The checker sees a row and the record of its image, as a dataset folder holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from data_builders.claims import IMAGE, SEVERITY, Claim, claims_from_json, history_from_json
+from data_builders.dentition import (
+    JAWS,
+    QUADRANTS,
+    THIRD_MOLARS,
+    arch_middle,
+    finding_quadrant,
+    finding_region,
+    finding_side,
+    is_fdi,
+    tooth_type,
+)
+from data_builders.reading import Reading, Statement, read_text
+from data_builders.records import Finding, ImageRecord, InputError, record_from_json
+from data_builders.sources import Language, Vocabulary, load_vocabulary
+
+
+def check_row(row: Mapping, record: ImageRecord, vocabulary: Vocabulary) -> list[str]:
+    """What is wrong with a row, in words; empty means proven.
+
+    Every turn of a dialogue is checked, the earlier answers too: they stand in the prompt.
+    """
+    turns = [message for message in (*row["prompt"], *row["completion"]) if message["role"] != "system"]
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    try:
+        claims = [*history_from_json(row["claims"]), claims_from_json(row["claims"])]
+    except (ValueError, KeyError) as error:
+        return [f"the claims cannot be read: {error}"]
+    if not len(questions) == len(answers) == len(claims):
+        return [f"{len(questions)} questions, {len(answers)} answers and claims of {len(claims)} turns"]
+    wrong: list[str] = []
+    subject: frozenset[str] = frozenset()
+    for question, answer, stated in zip(questions, answers, claims, strict=True):
+        wrong += check_claims(stated, record)
+        wrong += check_text(question, answer, stated, record, row["language"], vocabulary, subject=subject)
+        subject = frozenset(claim.label for claim in stated)
+    return wrong
+
+
+def check_claims(claims: Iterable[Claim], record: ImageRecord) -> list[str]:
+    """Derive every claim again from the findings; return what does not hold, in words."""
+    claims = tuple(claims)
+    if not claims:
+        return ["the answer states nothing"]
+    return [problem for claim in claims for problem in _check_claim(claim, record)]
+
+
+def _check_claim(claim: Claim, record: ImageRecord) -> Iterator[str]:
+    if claim.label == IMAGE:
+        if claim != Claim(IMAGE, modality=record.modality):
+            yield f"{claim}: the image is {record.modality}"
+        return
+    if claim.modality:
+        yield f"{claim}: only a claim about the image has a modality"
+    if (claim.region or claim.side) and not _has_places(record):
+        yield f"{claim}: nothing has a place in this image"
+        return
+    behind = [finding for finding in record.findings if _may_show(finding, claim, record)]
+    if claim.negated:
+        if behind:
+            yield f"{claim} denies what {', '.join(finding.finding_id for finding in behind)} may show"
+        if claim.label not in record.exhaustive:
+            yield f"{claim}: the absence of {claim.label} may not be stated, it is not annotated exhaustively"
+        if claim.annotations or claim.count is not None or claim.hedged:
+            yield f"{claim}: a denial rests on no annotation and counts nothing"
+        return
+    if not behind:
+        yield f"{claim} rests on nothing"
+    if tuple(finding.finding_id for finding in behind) != claim.annotations:
+        yield f"{claim} rests on {', '.join(finding.finding_id for finding in behind)}"
+    if claim.count is not None and claim.count != _number_of(behind):
+        yield f"{claim}: there are {_number_of(behind)}"
+    if claim.hedged != any(finding.origin == "model" for finding in behind):
+        yield f"{claim}: a detector's finding is a possible one, a human's is not"
+    grades = {finding.attributes.get(SEVERITY, "").strip().casefold() for finding in behind}
+    if claim.severity is not None and grades != {claim.severity}:
+        yield f"{claim}: the annotation grades {', '.join(sorted(grades)) or 'nothing'}"
+    if claim.undetermined == "side" and record.modality != "intraoral_photo":
+        yield f"{claim}: only a photograph may be mirrored"
+    if claim.undetermined == SEVERITY and grades != {""}:
+        yield f"{claim}: the annotation grades it"
+
+
+def _has_places(record: ImageRecord) -> bool:
+    return record.modality == "panoramic" and record.locations
+
+
+def _may_show(finding: Finding, claim: Claim, record: ImageRecord) -> bool:
+    """Whether a finding is what a claim is about; for a denial also whether it could be."""
+    if claim.tooth is not None and not _is_tooth(finding, claim.tooth):
+        return False
+    if finding.label != claim.label and not (claim.negated and claim.label == "tooth" and claim.tooth):
+        return False  # a disease on a tooth shows the tooth too
+    if claim.side is not None and finding_side(finding) != claim.side:
+        return False
+    if claim.region is None:
+        return True
+    middle = arch_middle(record.findings)
+    region = finding_region(finding, middle)
+    if claim.region in QUADRANTS:
+        return finding_quadrant(finding, middle) == claim.region
+    if claim.region in JAWS:
+        return region is not None and region.endswith(claim.region)
+    if claim.negated:
+        whole_jaw = f"bilateral_{claim.region.rpartition('_')[2]}"
+        return region is None or region in (claim.region, whole_jaw)
+    return region == claim.region
+
+
+def _is_tooth(finding: Finding, tooth: str) -> bool:
+    if finding.tooth is None or is_fdi(tooth):
+        return finding.tooth == tooth
+    try:
+        return tooth_type(finding.tooth) == tooth
+    except ValueError:  # a deciduous molar
+        return False
+
+
+def _number_of(findings: Sequence[Finding]) -> int:
+    """Two boxes on one tooth number are one tooth; everything else counts by annotation."""
+    teeth = {finding.tooth for finding in findings if finding.label == "tooth" and is_fdi(finding.tooth or "")}
+    others = [f for f in findings if not (f.label == "tooth" and is_fdi(f.tooth or ""))]
+    return len(teeth) + len(others)
+
+
+def check_text(
+    question: str,
+    answer: str,
+    claims: Sequence[Claim],
+    record: ImageRecord,
+    language: Language,
+    vocabulary: Vocabulary,
+    *,
+    subject: frozenset[str] = frozenset(),
+) -> list[str]:
+    """Compare what the words say with the claims, both ways; `subject` is what the turn before was about."""
+    asked, said = (read_text(text, language, vocabulary) for text in (question, answer))
+    context = frozenset(label for labels in asked.labels for label in labels) or subject
+    wrong = [*_check_image(asked, record), *_check_image(said, record)]
+    wrong += _check_question(asked, claims)
+    statements = [statement for statement in said.statements if not _is_introduction(statement)]
+    about_findings = [claim for claim in claims if claim.label != IMAGE]
+    for statement in statements:
+        if not any(_agree(statement, claim, context) for claim in about_findings):
+            wrong.append(f"the answer {answer!r} says {_describe(statement)}, which no claim does")
+    for claim in about_findings:
+        if not any(_agree(statement, claim, context) for statement in statements):
+            wrong.append(f"the answer {answer!r} does not say {claim}")
+    for claim in claims:
+        if claim.label == IMAGE and frozenset([claim.modality]) not in said.modalities:
+            wrong.append(f"the answer {answer!r} does not say that the image is {claim.modality}")
+    if said.verdict is not None and any(claim.negated is said.verdict for claim in claims):
+        wrong.append(f"the answer {answer!r} begins with the wrong verdict")
+    if said.only_third_molars and not _only_third_molars(claims):
+        wrong.append(f"the answer {answer!r} speaks of third molars only, and others are absent")
+    if said.guidance is not None and not _is_guidance(said.guidance, claims, language, vocabulary):
+        wrong.append(f"the guidance in {answer!r} is not the vocabulary's for what the image shows")
+    return wrong
+
+
+def _check_image(reading: Reading, record: ImageRecord) -> Iterator[str]:
+    """The kind of picture that a text names, and whether it may speak of places."""
+    for modalities in reading.modalities:
+        if record.modality not in modalities:
+            yield f"the text calls the image {' or '.join(sorted(modalities))}, it is {record.modality}"
+    if reading.words_of_place and not _has_places(record):
+        yield f"the text names a place ({', '.join(reading.words_of_place)}) in an image that has none"
+
+
+def _check_question(asked: Reading, claims: Sequence[Claim]) -> Iterator[str]:
+    """What a question is about is what its answer is about."""
+    mentioned = {label for labels in asked.labels for label in labels}
+    stated = {claim.label for claim in claims}
+    if mentioned and not stated <= mentioned:
+        yield f"the question is about {', '.join(sorted(mentioned))}, the answer about {', '.join(sorted(stated))}"
+    for labels in asked.labels:
+        if stated.isdisjoint(labels):
+            yield f"the question asks about {' or '.join(sorted(labels))}, the answer does not speak of it"
+    places, regions = set(asked.words_of_place), {claim.region for claim in claims}
+    if places and places != regions:
+        yield f"the question is about {sorted(places)}, the answer about {sorted(map(str, regions))}"
+    teeth = {statement.tooth for statement in asked.statements if statement.tooth}
+    if teeth and teeth != {claim.tooth for claim in claims}:
+        yield f"the question is about teeth {sorted(teeth)}, the answer is not"
+
+
+def _is_introduction(statement: Statement) -> bool:
+    """`These teeth can be identified: …` counts nothing and denies nothing."""
+    return statement in (Statement(labels=statement.labels),) and "tooth" in statement.labels
+
+
+def _agree(statement: Statement, claim: Claim, context: frozenset[str]) -> bool:
+    labels = statement.labels or context
+    if labels and claim.label not in labels:
+        return False
+    one_at_least = claim.count in (None, 1) and statement.count in (None, 1)  # "an impacted tooth", "caries"
+    return (
+        (statement.count == claim.count or one_at_least)
+        and (statement.hedged == claim.hedged or not statement.labels)
+        and all(getattr(statement, name) == getattr(claim, name) for name in COMPARED)
+    )
+
+
+COMPARED = ("region", "side", "tooth", "negated", "severity", "undetermined")
+
+
+def _describe(statement: Statement) -> str:
+    stated = {name: getattr(statement, name) for name in ("labels", "count", "hedged", *COMPARED)}
+    stated["labels"] = " or ".join(sorted(statement.labels))
+    return ", ".join(f"{name} {value}" for name, value in stated.items() if value not in (None, False, ""))
+
+
+def _only_third_molars(claims: Sequence[Claim]) -> bool:
+    absent = {claim.tooth for claim in claims if claim.negated}
+    return bool(absent) and absent <= set(THIRD_MOLARS)
+
+
+def _is_guidance(text: str, claims: Sequence[Claim], language: Language, vocabulary: Vocabulary) -> bool:
+    """General guidance comes word for word from the vocabulary, and on the one finding that is stated."""
+    if len(claims) != 1 or claims[0].negated or claims[0].label not in vocabulary:
+        return False
+    return text in {getattr(advice, language).casefold() for advice in vocabulary[claims[0].label].guidance.values()}
+
+
+def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Prove every row of a dataset folder again from what stands in it; yield each row id with what is wrong.
+
+    Raises:
+        InputError: when the folder is no VQA dataset folder.
+    """
+    folder = Path(folder)
+    shards, records_file = sorted((folder / "data").glob("*.parquet")), folder / "records.jsonl"
+    if not shards or not records_file.is_file():
+        raise InputError(f"{folder} is no VQA dataset folder; build one with `dentalgemma build`")
+    own_terms = folder / "vocabulary.yaml"  # where the build was given one
+    vocabulary = load_vocabulary(own_terms if own_terms.is_file() else None)
+    with records_file.open(encoding="utf-8") as file:
+        records = {(r.source, r.image_id): r for r in (record_from_json(json.loads(line)) for line in file)}
+    columns = ["row_id", "image_id", "source", "language", "prompt", "completion", "claims"]
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                record = records.get((row["source"], row["image_id"]))
+                missing = [f"{records_file.name} has no record of its image"]
+                yield row["row_id"], check_row(row, record, vocabulary) if record else missing

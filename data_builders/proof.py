@@ -57,10 +57,11 @@ def check_claims(claims: Iterable[Claim], record: ImageRecord) -> list[str]:
     claims = tuple(claims)
     if not claims:
         return ["the answer states nothing"]
-    return [problem for claim in claims for problem in _check_claim(claim, record)]
+    middle = arch_middle(record.findings) if any(claim.region for claim in claims) else 0.5
+    return [problem for claim in claims for problem in _check_claim(claim, record, middle)]
 
 
-def _check_claim(claim: Claim, record: ImageRecord) -> Iterator[str]:
+def _check_claim(claim: Claim, record: ImageRecord, middle: float) -> Iterator[str]:
     if claim.label == IMAGE:
         if claim != Claim(IMAGE, modality=record.modality):
             yield f"{claim}: the image is {record.modality}"
@@ -70,7 +71,7 @@ def _check_claim(claim: Claim, record: ImageRecord) -> Iterator[str]:
     if (claim.region or claim.side) and not _has_places(record):
         yield f"{claim}: nothing has a place in this image"
         return
-    behind = [finding for finding in record.findings if _may_show(finding, claim, record)]
+    behind = [finding for finding in record.findings if _may_show(finding, claim, middle)]
     if claim.negated:
         if behind:
             yield f"{claim} denies what {', '.join(finding.finding_id for finding in behind)} may show"
@@ -100,8 +101,11 @@ def _has_places(record: ImageRecord) -> bool:
     return record.modality == "panoramic" and record.locations
 
 
-def _may_show(finding: Finding, claim: Claim, record: ImageRecord) -> bool:
-    """Whether a finding is what a claim is about; for a denial also whether it could be."""
+def _may_show(finding: Finding, claim: Claim, middle: float) -> bool:
+    """Whether a finding is what a claim is about; for a denial also whether it could be.
+
+    `middle` is the height of the line between the jaws.
+    """
     if claim.tooth is not None and not _is_tooth(finding, claim.tooth):
         return False
     if finding.label != claim.label and not (claim.negated and claim.label == "tooth" and claim.tooth):
@@ -110,7 +114,6 @@ def _may_show(finding: Finding, claim: Claim, record: ImageRecord) -> bool:
         return False
     if claim.region is None:
         return True
-    middle = arch_middle(record.findings)
     region = finding_region(finding, middle)
     if claim.region in QUADRANTS:
         return finding_quadrant(finding, middle) == claim.region

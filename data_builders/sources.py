@@ -41,6 +41,9 @@ Family = Literal[
 ]
 
 
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
+
 class SourcesError(InputError):
     """A sources file that cannot be used; the message names the file, the key and the remedy."""
 
@@ -59,15 +62,33 @@ class Names(BaseModel):
     gender: Literal["f", "m"] | None = None
 
 
+class Advice(BaseModel):
+    """What is generally done or thought of a disease, in each language; never a statement about a patient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    en: str
+    es: str
+
+
 class Term(BaseModel):
-    """One entry of the vocabulary; where it is shown, the image is never said to be free of `not_free_of`."""
+    """One entry of the vocabulary; where it is shown, the image is never said to be free of `not_free_of`.
+
+    `gradable` says that it comes in degrees, so that a missing grade is worth a word. `guidance` is worded as general guidance, word for word: `follow_up`, `urgency`, and `differential`, what can look
+    alike.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["pathology", "sound", "structure"]
     icd10cm: str | None = None
     not_free_of: tuple[str, ...] = ()
+    gradable: bool = False
+    guidance: Mapping[Literal["follow_up", "urgency", "differential"], Advice] = Field(default_factory=dict)
     en: Names
     es: Names
+
+    def advice(self, about: str, language: Language) -> str | None:
+        """The guidance about one aspect, if there is any."""
+        return getattr(self.guidance[about], language) if about in self.guidance else None
 
 
 Vocabulary = Mapping[str, Term]
@@ -142,6 +163,10 @@ class Source(BaseModel):
     numbers or the eight tooth types. `exhaustive` names the labels whose absence may be stated. `locations: false` is
     for images that were flipped or put together, in which places mean nothing. `origin: model` is for boxes that a
     detector found: they are worded as possible, and never support a "no"; those below `min_confidence` are left out.
+
+    Of cases, `condition_line` is the line of the prompt that holds the condition (`PATIENT` for `PATIENT: dental
+    caries`), `synonyms` are further names of a condition, and `diagnosis_in_prompt` says what is done where a prompt
+    names its condition. `pii: off` leaves out the search for personal data.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -164,6 +189,24 @@ class Source(BaseModel):
     attributes: Mapping[str, str] = Field(default_factory=dict)
     expected_images: Mapping[str, int] = Field(default_factory=dict)
     group: Group | None = None
+    condition_line: str | None = None
+    synonyms: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    diagnosis_in_prompt: Literal["drop", "mask", "keep"] = "drop"
+    pii: Literal["report", "off"] = "report"
+
+    @field_validator("pii", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads `off` as a boolean
+
+    @field_validator("annotations", "images", "labels")
+    @classmethod
+    def _lies_below_root(cls, path: str | None) -> str | None:
+        if path is not None and (path.startswith(("/", "\\")) or path[1:2] == ":" or ".." in re.split(r"[/\\]", path)):
+            raise ValueError(f"{path!r} is not a path below `root`")
+        if path is not None and any("**" in part and part != "**" for part in path.split("/")):
+            raise ValueError(f"{path!r}: `**` stands for any folders, alone between slashes")
+        return path
 
     @model_validator(mode="after")
     def _has_what_its_reader_needs(self) -> Source:
@@ -171,6 +214,8 @@ class Source(BaseModel):
             for key in ("classes", "modality"):
                 if getattr(self, key) is None:
                     raise ValueError(f"reader {self.reader} needs {key!r}: a class map is never guessed")
+        if self.origin == "model" and self.exhaustive:
+            raise ValueError("`exhaustive` does not go with `origin: model`: what a detector missed may well be there")
         return self
 
     def resolve(self, raw: int | str) -> Label | None:
@@ -228,7 +273,7 @@ def load_vocabulary(extra: Path | None = None) -> Vocabulary:
     """Read the vocabulary of findings, with a user's additions where a file is given."""
     entries = yaml.safe_load(files("data_builders.compose").joinpath("vocabulary.yaml").read_text(encoding="utf-8"))
     if extra is not None:
-        entries |= _read_yaml(extra)
+        entries |= read_yaml(extra)
     try:
         terms = {name: Term.model_validate(entry) for name, entry in entries.items()}
     except ValidationError as error:
@@ -246,7 +291,11 @@ def load_sources(path: Path) -> SourcesFile:
         SourcesError: naming the file and every key that is wrong.
     """
     path = Path(path)
-    document = _read_yaml(path)
+    return validate_sources(read_yaml(path), path)
+
+
+def validate_sources(document: dict, path: Path) -> SourcesFile:
+    """Validate the content of the sources file `path`, and put the paths in it below its folder."""
     base = path.resolve().parent
     for source in document.get("sources") or []:
         if isinstance(source, dict) and isinstance(source.get("root"), str):
@@ -268,6 +317,9 @@ def _check_names(loaded: SourcesFile) -> None:
         if source.name in seen:
             raise SourcesError(f"{loaded.path}: two sources are named {source.name!r}")
         seen.add(source.name)
+        if source.root.name.lower().endswith(ARCHIVE_SUFFIXES) and source.root.is_file():
+            message = f"root {source.root} is an archive; unpack it and name the folder"
+            raise SourcesError(f"{loaded.path}: source {source.name!r}: {message}")
         if not source.root.is_dir():
             raise SourcesError(f"{loaded.path}: source {source.name!r}: root {source.root} is not a folder")
         standard = isinstance(source.classes, str)
@@ -306,7 +358,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file of keys and values; raise SourcesError in one sentence for anything else."""
     try:
         document = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except FileNotFoundError:

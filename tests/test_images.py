@@ -61,14 +61,14 @@ def test_deep_greys_are_stored_as_8_bits_and_all_else_as_it_is(picture, tmp_path
     """Pillow's own conversion to RGB turns them white, for everybody who loads the dataset."""
     Image.fromarray((np.arange(600) * 6).astype(np.uint16).reshape(20, 30)).save(tmp_path / "deep.png")
     picture.save(tmp_path / "a.jpg")
-    suffix, content = read_stored(tmp_path / "deep.png")
+    suffix, content, _ = read_stored(tmp_path / "deep.png")
     stored = Image.open(io.BytesIO(content)).convert("RGB")
 
     assert measure(tmp_path / "deep.png").is_deep
     assert suffix == ".png"
     assert stored.tobytes() == to_rgb(Image.open(tmp_path / "deep.png")).tobytes()
     assert 100 < np.asarray(stored).mean() < 130
-    assert read_stored(tmp_path / "a.jpg") == (".jpg", (tmp_path / "a.jpg").read_bytes())
+    assert read_stored(tmp_path / "a.jpg") == (".jpg", (tmp_path / "a.jpg").read_bytes(), False)
 
 
 def test_a_truncated_file_is_refused(picture, tmp_path):

@@ -89,7 +89,7 @@ def test_a_segmentation_goes_before_the_box(tmp_path, segmentation):
         pytest.param({"bbox": [190, 10, 80, 40]}, "outside_image", id="mostly outside"),
         pytest.param({"segmentation": [[1, 2, 3, 4]]}, "bad_annotation", id="two points"),
         pytest.param({"segmentation": 5}, "bad_annotation", id="no segmentation"),
-        pytest.param({"segmentation": {"counts": "abc", "size": [100, 200]}}, "rle_unsupported", id="RLE"),
+        pytest.param({"segmentation": {"counts": "abc", "size": [100, 200]}}, "bad_mask", id="RLE"),
         pytest.param({"category_id": 9}, "unknown_label", id="category that is not there"),
         pytest.param({"category_id": 0}, "unknown_label", id="category not in the map"),
     ],
@@ -99,6 +99,22 @@ def test_an_annotation_that_cannot_be_used_is_a_problem_with_its_pointer(tmp_pat
 
     assert (problems[0].code, problems[0].severity, problems[0].line) == (code, "error", "/annotations/1")
     assert (len(record.findings), record.exhaustive) == (1, ())
+
+
+def test_attributes_of_an_annotation_are_grades_where_the_source_names_them(tmp_path):
+    stated = [{"grade": " moderate ", "occluded": False}, {"grade": 2}, {"grade": None}, {}]
+    document = coco([{"attributes": attributes} for attributes in stated] + [{}, {"attributes": {"grade": ["2"]}}])
+
+    (record,), problems = read_coco(tmp_path, document, attributes={"grade": "severity"})
+
+    assert [dict(finding.attributes) for finding in record.findings] == [
+        {"severity": "moderate"},
+        {"severity": "2"},
+        {},
+        {},
+        {},
+    ]
+    assert [(problem.code, problem.line) for problem in problems] == [("bad_annotation", "/annotations/5")]
 
 
 def test_an_integer_of_thousands_of_digits_costs_one_annotation_only(tmp_path):
@@ -368,6 +384,27 @@ def test_options_are_resolved_and_each_ticked_box_is_a_finding(tmp_path):
 
     assert ([finding.label for finding in record.findings], problems) == (["caries", "tooth"], [])
     assert len({finding.finding_id for finding in record.findings}) == 2
+
+
+@pytest.mark.parametrize("kind", ["radio", "dropdown"])
+def test_the_one_option_of_a_region_is_its_text_and_not_its_id(tmp_path, kind):
+    project = {
+        "_via_img_metadata": via(region(find="0", grade="g2"), region(find="1", grade="")),
+        "_via_attributes": {
+            "region": {
+                "find": {"type": kind, "options": {"0": "decay", "1": "molar"}, "default_options": {"0": True}},
+                "grade": {"type": kind, "options": {"g2": "moderate"}},
+            }
+        },
+    }
+
+    (record,), problems = read_via(tmp_path, project, attributes={"grade": "severity"})
+
+    assert [(finding.label, dict(finding.attributes)) for finding in record.findings] == [
+        ("caries", {"severity": "moderate"}),
+        ("tooth", {}),
+    ]
+    assert problems == []
 
 
 def test_a_clipped_region_with_two_labels_is_one_problem(tmp_path):

@@ -330,6 +330,32 @@ def test_dota_reads_pixels_names_with_blanks_and_header_lines(tmp_path):
     assert (record.width, record.height, problems) == (200, 100, [])
 
 
+@pytest.mark.parametrize(
+    ("tail", "label"),
+    [
+        pytest.param("third molar 0", "tooth", id="name with a blank"),
+        pytest.param("third molar", "tooth", id="and no difficulty"),
+        pytest.param("decay", "caries", id="no difficulty"),
+        pytest.param("36 1", "crown", id="a number for a name"),
+        pytest.param("E 2", "filling", id="a letter that floats have too"),
+        pytest.param("E", "filling", id="and no difficulty either"),
+    ],
+)
+def test_a_dota_name_may_hold_blanks_and_the_difficulty_may_be_missing(tmp_path, tail, label):
+    classes = {**DOTA, 36: "crown", "E": "filling"}
+
+    record, problems = read_lines(tmp_path, f"20 10 100 10 100 50 20 50 {tail}", "dota", classes=classes)
+
+    assert ([finding.label for finding in record.findings], problems) == ([label], [])
+
+
+@pytest.mark.parametrize("head", ["imagesource:GoogleEarth\ngsd:0.1", "imageSource:x\nGSD:null", "\n\ngsd:None", ""])
+def test_header_lines_of_dota_are_no_labels(tmp_path, head):
+    record, problems = read_lines(tmp_path, f"{head}\n20 10 100 10 100 50 20 50 decay 0", "dota", classes=DOTA)
+
+    assert (len(record.findings), problems) == (1, [])
+
+
 def test_dota_reads_a_rotated_box_as_its_author_computed_it(tmp_path):
     # A box of 80 by 40 pixels around (100, 50), turned by 30 degrees.
     cos, sin = math.cos(math.pi / 6), math.sin(math.pi / 6)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from data_builders.chat import Message
-from data_builders.readers.files import LFS_POINTER, MAX_BYTES, leaves_root, load_json, read_text, shorten
+from data_builders.prompt_repair import match_line
+from data_builders.readers.files import (
+    LFS_POINTER,
+    MAX_BYTES,
+    leaves_root,
+    load_json,
+    nothing_found,
+    read_text,
+    shorten,
+)
 from data_builders.readers.geometry import BadAnnotation
 from data_builders.records import Problem, place
 from data_builders.sources import Source
@@ -55,12 +64,12 @@ def read_cases(source: Source) -> Iterator[Case | Problem]:
     """Yield one case for each line that holds one, and a problem for each that does not.
 
     Reads the files that `source.annotations` (a glob) names, else every `.jsonl`, `.json` and `.parquet` below the
-    root. `source.label_attribute` names the key that holds the condition.
+    root. `source.label_attribute` names the key that holds the condition, `source.condition_line` the line of the
+    prompt that does.
     """
     files = list(_find_files(source))
     if not files:
-        message = f"no file {source.annotations or '*.jsonl, *.json or *.parquet'} in the source folder"
-        yield Problem("annotations_missing", "error", source.root, None, message)
+        yield nothing_found(source, f"file {source.annotations or '*.jsonl, *.json or *.parquet'}")
     for path in files:
         if leaves_root(source, path):
             yield Problem("unsafe_path", "error", path, None, "lies outside the source folder; not read")
@@ -68,7 +77,7 @@ def read_cases(source: Source) -> Iterator[Case | Problem]:
         load = LOADERS.get(path.suffix.lower(), _load_lines)
         try:
             for line, entry in load(path, {*COLUMNS, source.label_attribute}):
-                yield from _read_entry(entry, source.label_attribute, path, line)
+                yield from _read_entry(entry, source, path, line)
         except BadAnnotation as error:
             # A JSON file that nobody named as cases may well be something else, such as a dataset's description.
             is_other = error.code == "not_cases" and not source.annotations
@@ -83,14 +92,16 @@ def _find_files(source: Source) -> Iterator[Path]:
             yield path
 
 
-def _read_entry(entry: object, key: str | None, path: Path, line: int | str | None) -> Iterator[Case | Problem]:
+def _read_entry(entry: object, source: Source, path: Path, line: int | str | None) -> Iterator[Case | Problem]:
     try:
         prompt, answer = parse_turns(entry)
     except BadAnnotation as error:
         yield Problem(error.code, "error", path, line, str(error))
         return
     try:
-        condition = parse_condition(entry, key)
+        condition = parse_condition(entry, source.label_attribute)
+        if source.condition_line:
+            condition = condition or parse_condition_line(prompt, source.condition_line)
     except BadAnnotation as error:
         yield Problem(error.code, "warning", path, line, str(error))
         condition = None
@@ -136,6 +147,19 @@ def parse_condition(entry: Mapping[str, Any], key: str | None = None) -> str | N
     if key:
         raise BadAnnotation("condition_missing", f"has no condition under {key!r}, the source's `label_attribute`")
     return None
+
+
+def parse_condition_line(prompt: Iterable[Message], label: str) -> str:
+    """The condition from the line `label: …` of the user's turns, as in `PATIENT: irreversible pulpitis`.
+
+    Raises:
+        BadAnnotation: when there is no such line.
+    """
+    for turn in prompt:
+        line = match_line(turn["content"], label) if turn["role"] == "user" else None
+        if line:
+            return " ".join(line[1].strip("*_ ").split())
+    raise BadAnnotation("condition_missing", f"has no line `{label}: …` in its prompt, the source's `condition_line`")
 
 
 def _find_turns(entry: Mapping[str, Any]) -> list:

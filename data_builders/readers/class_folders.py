@@ -9,11 +9,13 @@ from pathlib import Path
 
 from data_builders.images import find_images
 from data_builders.readers.drafts import LabelBook
-from data_builders.readers.files import SPLITS, declared_split, drop_outward_links
+from data_builders.readers.files import SPLITS, declared_split, drop_outward_links, nothing_found
+from data_builders.readers.quarantine import quarantine_dicom
 from data_builders.records import Finding, ImageRecord, Problem
 from data_builders.sources import Source, UnknownLabel
 
 
+@quarantine_dicom
 def read_class_folders(source: Source) -> Iterator[ImageRecord | Problem]:
     """Yield one record per picture, with a finding for each class folder that holds it, and a problem for the rest.
 
@@ -32,6 +34,8 @@ def read_class_folders(source: Source) -> Iterator[ImageRecord | Problem]:
     unknown: Counter[Path] = Counter()
     pictures = _group_copies(source, images)
     problems += _same_names(source, pictures)
+    if not images:
+        problems.append(nothing_found(source, "image in a class folder"))
     yield from problems
     for copies in pictures:
         yield from _read_picture(book, copies, unknown)
@@ -57,7 +61,7 @@ def _read_picture(book: LabelBook, copies: list[Path], unknown: Counter[Path]) -
             ignored.append(raw)
         else:
             name = path.relative_to(source.root).as_posix()
-            findings.append(Finding(name, label.name, "image", (), label.tooth, where=name))
+            findings.append(Finding(name, label.name, "image", (), label.tooth, origin=source.origin, where=name))
     if len(labels) > 1:
         message = f"the same picture is in the class folders {', '.join(sorted(labels))}"
         yield Problem("several_classes", "info", copies[0], None, message)
@@ -76,6 +80,7 @@ def _read_picture(book: LabelBook, copies: list[Path], unknown: Counter[Path]) -
         exhaustive=() if flawed else source.exhaustive,
         findings=tuple(sorted(findings, key=lambda finding: finding.finding_id)),
         ignored=tuple(sorted(ignored)),
+        locations=source.locations,
     )
 
 

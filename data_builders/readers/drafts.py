@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_builders.images import ImageError, read_size
-from data_builders.readers.files import declared_split, escape_surrogates
+from data_builders.readers.files import declared_split, escape_surrogates, name_below_root, shorten
 from data_builders.readers.geometry import BadAnnotation, fit
-from data_builders.records import Finding, ImageRecord, Problem, Ring, Severity, Shape
+from data_builders.records import Bounds, Finding, ImageRecord, Problem, Ring, Severity, Shape, Split
 from data_builders.sources import Label, Source, UnknownLabel
 
 MOST_LISTED = 200
@@ -23,7 +23,9 @@ class LabelBook:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self._is_standard = isinstance(source.classes, str)
         self.counts: Counter[Spellings] = Counter()
+        self.doubtful: Counter[str] = Counter()  # what a detector was not sure enough of, by the reason
         self._known: dict[Spellings, tuple[str, Label | None]] = {}
         self._unknown: dict[Spellings, str] = {}
 
@@ -33,15 +35,16 @@ class LabelBook:
         The first of the spellings that the map knows counts. Where labels are tooth names, only the first is one: a
         category id 11 is not tooth 11.
         """
-        spellings = spellings[:1] if isinstance(self.source.classes, str) else spellings
+        spellings = spellings[:1] if self._is_standard else spellings
         self.counts[spellings] += 1
-        if spellings not in self._known and spellings not in self._unknown:
-            self._look_up(spellings)
-        if spellings in self._unknown:
+        known = self._known.get(spellings)
+        if known is None and spellings not in self._unknown:
+            known = self._look_up(spellings)
+        if known is None:
             raise UnknownLabel(self._unknown[spellings])
-        return self._known[spellings]
+        return known
 
-    def _look_up(self, spellings: Spellings) -> None:
+    def _look_up(self, spellings: Spellings) -> tuple[str, Label | None] | None:
         tried = list(spellings)
         if len(tried) == 1 and re.fullmatch("0|[1-9][0-9]{0,8}", str(tried[0])):
             tried.append(int(tried[0]))  # YAML reads the key of `1: caries` as a number
@@ -49,10 +52,11 @@ class LabelBook:
         for raw in tried:
             try:
                 self._known[spellings] = str(raw), self.source.resolve(raw)
-                return
+                return self._known[spellings]
             except UnknownLabel as error:
                 messages.append(str(error))
         self._unknown[spellings] = messages[len(spellings) - 1]
+        return None
 
     def problems(self) -> Iterator[Problem]:
         """One problem that lists all labels present and the map, if any label was not in it."""
@@ -64,6 +68,26 @@ class LabelBook:
                 f"Add what is missing to `classes` of source {self.source.name!r}, or map it to null"
             )
             yield Problem("class_map_incomplete", "error", self.source.root, None, message)
+        if self.doubtful:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.doubtful.items()))
+            message = f"left out at `min_confidence: {self.source.min_confidence:g}`: {reasons}"
+            yield Problem("below_min_confidence", "info", self.source.root, None, message)
+
+    def is_sure(self, confidence: float | None) -> bool:
+        """Whether a detector was sure enough of a finding; it is counted if not.
+
+        Raises:
+            BadAnnotation: for a confidence that is none, such as a track id.
+        """
+        if confidence is not None and not 0 <= confidence <= 1:
+            raise BadAnnotation("bad_confidence", f"{shorten(confidence)} is no confidence: 0 to 1 is due")
+        if confidence is None and self.source.min_confidence:
+            self.doubtful["findings without a confidence"] += 1
+            return False
+        if confidence is not None and confidence < self.source.min_confidence:
+            self.doubtful["findings below it"] += 1
+            return False
+        return True
 
 
 def _spell(spellings: Spellings) -> str:
@@ -76,7 +100,7 @@ def _list(texts: Iterable[str]) -> str:
     return ", ".join(texts[:MOST_LISTED]) + more
 
 
-@dataclass
+@dataclass(slots=True)
 class Draft:
     """One image while its annotations are read from `file`.
 
@@ -89,14 +113,16 @@ class Draft:
     file: Path | None
     unit: tuple[int, int] | None = (1, 1)
     size: tuple[int, int] | None = None
+    split: Split | None = None  # where something else than the folders' names tells it
     flawed: bool = False  # a line could not be used: it may have held any label
     findings: list[Finding] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    file_name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.file_name = self.file.relative_to(self.book.source.root).as_posix() if self.file else ""
+        self.file_name = name_below_root(self.book.source, self.file) if self.file else ""
 
     def note(self, code: str, severity: Severity, line: int | str | None, message: str) -> None:
         """Record a problem of the annotation file."""
@@ -106,14 +132,15 @@ class Draft:
     def measure(self) -> None:
         """Take size and unit from the image file, for formats in pixels."""
         self.unit = None
-        if not self.path.is_file():
-            self.say_missing()
-            return
         try:
             self.unit = self.size = read_size(self.path)
         except ImageError as error:
+            if not self.path.is_file():
+                self.say_missing()
+                return
             self.flawed = True
-            self.problems.append(Problem("image_unreadable", "error", self.path, None, str(error)))
+            if error.code == "image_unreadable":  # what is wrong with DICOM is said by `quarantine_dicom`, once
+                self.problems.append(Problem(error.code, "error", self.path, None, str(error)))
 
     def say_missing(self) -> None:
         """Record that the image file is not there."""
@@ -122,20 +149,29 @@ class Draft:
     def add(
         self,
         line: int | str,
-        labels: Iterable[Spellings],
+        labels: Sequence[Spellings],
         shape: Shape,
-        rings: Iterable[Ring],
+        rings: Sequence[Ring],
         *,
         number: int | str | None = None,
         attributes: Mapping[str, str] | None = None,
+        tooth: str | None = None,
+        confidence: float | None = None,
+        bounds: Sequence[Bounds | None] = (),
     ) -> None:
         """Add one annotation: a finding for each of its labels, or the problem with it.
 
-        `number` is what tells it from the others of its file, the line if nothing else does.
+        `number` is what tells it from the others of its file, the line if nothing else does. `tooth` is an FDI number
+        that the annotation states beside its label, `confidence` the detector's where the source's origin is a model.
+        `bounds` are what `survey_outlines` found of the rings, where it was asked.
         """
-        labels = list(labels)
+        origin = self.book.source.origin
+        if origin == "human":
+            confidence = None
         try:
-            shape, parts, notes = fit(shape, rings, self.unit)
+            if origin == "model" and not self.book.is_sure(confidence):
+                return
+            shape, parts, notes = fit(shape, rings, self.unit, bounds=bounds)
         except BadAnnotation as error:
             self.note(error.code, "error", line, str(error))
             self._reject(labels)
@@ -151,11 +187,22 @@ class Draft:
             if label is None:
                 self.ignored.append(raw)
                 continue
-            finding_id = f"{self.file_name}#{escape_surrogates(str(line if number is None else number))}"
-            finding_id += f"/{raw}" if len(labels) > 1 else ""
+            identity = f"{self.file_name}#{line if number is None else number}"
+            if len(labels) > 1:
+                identity += f"/{raw}"
             where = f"{self.file_name}:{line}"
             self.findings.append(
-                Finding(finding_id, label.name, shape, parts, label.tooth, attributes or {}, "human", None, where)
+                Finding(
+                    escape_surrogates(identity),
+                    label.name,
+                    shape,
+                    parts,
+                    label.tooth or tooth,
+                    attributes or {},
+                    origin,
+                    confidence,
+                    where,
+                )
             )
 
     def _reject(self, labels: Iterable[Spellings]) -> None:
@@ -181,7 +228,7 @@ class Draft:
             modality=source.modality,
             source=source.name,
             group_id=None,
-            declared_split=declared_split(source, self.path),
+            declared_split=self.split or declared_split(source, self.path),
             exhaustive=() if self.flawed else source.exhaustive,
             findings=tuple(self.findings),
             ignored=tuple(self.ignored),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_builders.images import find_images
+from data_builders.images import is_image_file, walk
 from data_builders.readers.geometry import BadAnnotation
 from data_builders.records import Problem, Split
-from data_builders.sources import Source
+from data_builders.sources import ARCHIVE_SUFFIXES, Source
 
 MAX_BYTES = 512 * 1024**2
 SPLITS: dict[str, Split] = {
@@ -22,6 +25,8 @@ SPLITS: dict[str, Split] = {
     "test": "test",
 }
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")
+TAR = slice(257, 262)
 
 
 class Document(NamedTuple):
@@ -38,15 +43,19 @@ def read_text(path: Path) -> str:
         BadAnnotation: when it is too big, a Git-LFS pointer, or not text.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadAnnotation("file_too_big", f"is over {MAX_BYTES // 1024**2} MB; split it")
-        content = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise BadAnnotation("file_too_big", f"is over {MAX_BYTES // 1024**2} MB; split it")
+            content = file.readall()
     except OSError as error:
         raise BadAnnotation("unreadable_file", f"cannot be read: {error.strerror}") from None
     if content.startswith(LFS_POINTER):
         raise BadAnnotation("lfs_pointer", "is a Git-LFS pointer, not the file itself; run `git lfs pull`")
+    if content.startswith(ARCHIVES) or content[TAR] == b"ustar":
+        raise BadAnnotation("archive", "is an archive; unpack it, and name the folder or the files in it")
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16") if is_utf_16 else content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise BadAnnotation("unreadable_file", f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -91,10 +100,25 @@ def repeated_keys_problem(path: Path, document: Document) -> Iterator[Problem]:
 
 def declared_split(source: Source, path: Path) -> Split | None:
     """The split that the nearest folder below the source's root is named after."""
-    for folder in reversed(path.relative_to(source.root).parts[:-1]):
-        if folder.lower() in SPLITS:
-            return SPLITS[folder.lower()]
-    return None
+    return _split_of_folder(source.root, os.path.dirname(path))
+
+
+def name_below_root(source: Source, path: Path) -> str:
+    """A path as it is written in ids and places: relative to the source's root, with slashes."""
+    folder, name = os.path.split(path)
+    return _prefix_of_folder(source.root, folder) + name
+
+
+# Many files share a folder, and taking a `Path` apart costs as much as reading a line of a label file.
+@lru_cache
+def _split_of_folder(root: Path, folder: str) -> Split | None:
+    names = map(str.lower, reversed(Path(folder).relative_to(root).parts))
+    return next((SPLITS[name] for name in names if name in SPLITS), None)
+
+
+@lru_cache
+def _prefix_of_folder(root: Path, folder: str) -> str:
+    return "".join(f"{part}/" for part in Path(folder).relative_to(root).parts)
 
 
 def leaves_root(source: Source, path: Path) -> bool:
@@ -107,30 +131,59 @@ def drop_outward_links(source: Source, paths: Iterable[Path], problems: list[Pro
     kept = []
     for path in paths:
         if path.is_symlink() and leaves_root(source, path):
-            problems.append(Problem("unsafe_path", "error", path, None, "is a link that leaves the source folder"))
+            problems.append(outward_link(path))
         else:
             kept.append(path)
     return kept
 
 
-def find_image(source: Source, folder: Path, name: object) -> Path:
-    """Where an image that an annotation file in `folder` names lies, or would lie if it were there.
+def outward_link(path: Path) -> Problem:
+    """The problem of a link that leads out of the source's folder; it is never opened."""
+    return Problem("unsafe_path", "error", path, None, "is a link that leaves the source folder")
 
-    Raises:
-        BadAnnotation: for a path that leaves the source folder; it is never opened.
-    """
+
+class ImageFinder:
+    """Finds the images that the annotation files in one folder name."""
+
+    def __init__(self, source: Source, folder: Path) -> None:
+        self.source = source
+        self.folders = (
+            [source.root / source.images]
+            if source.images
+            else [folder, folder / "images", folder / "xrays", source.root / "images"]  # `xrays` is DENTEX's
+        )
+        self._outside: dict[str, bool] = {}  # of folders, whether links lead them out of the source
+
+    def find(self, name: object) -> Path:
+        """Where an image lies, or would lie if it were there.
+
+        Raises:
+            BadAnnotation: for a path that leaves the source folder; it is never opened.
+        """
+        relative = _check_name(name)
+        path = next(filter(os.path.isfile, (f"{folder}/{relative}" for folder in self.folders)), None)
+        path = path or f"{self.folders[0]}/{relative}"
+        if self._leaves_root(path):
+            raise BadAnnotation("unsafe_path", f"{shorten(name)} is a link that leaves the source folder")
+        return Path(path)
+
+    def _leaves_root(self, path: str) -> bool:
+        if os.path.islink(path):
+            return leaves_root(self.source, Path(path))
+        folder = os.path.dirname(path)
+        if folder not in self._outside:
+            self._outside[folder] = leaves_root(self.source, Path(folder))
+        return self._outside[folder]
+
+
+def _check_name(name: object) -> str:
     if not isinstance(name, str) or not name.strip("./\\ "):
         raise BadAnnotation("bad_annotation", f"{shorten(name)} is not the name of an image file")
     relative = name.replace("\\", "/")
     parts = relative.split("/")
     if relative.startswith("/") or ".." in parts or re.match("[A-Za-z]:", relative) or not _is_encodable(parts):
         raise BadAnnotation("unsafe_path", f"{shorten(name)} is not a path below the source folder")
-    folders = [source.root / source.images] if source.images else [folder, folder / "images", source.root / "images"]
-    places = [place / relative for place in folders]
-    path = next((place for place in places if place.is_file()), places[0])
-    if leaves_root(source, path):
-        raise BadAnnotation("unsafe_path", f"{shorten(name)} is a link that leaves the source folder")
-    return path
+    return relative
 
 
 def _is_encodable(parts: list[str]) -> bool:
@@ -142,10 +195,22 @@ def _is_encodable(parts: list[str]) -> bool:
 
 def unlisted_images(source: Source, seen: set[Path]) -> Iterator[Problem]:
     """One problem for all image files that no annotation file speaks of."""
-    unlisted = [path for path in find_images(source.root / (source.images or "")) if path not in seen]
+    known = set(map(str, seen))  # the hash of a text costs a tenth of that of a path
+    files = walk(source.root / (source.images or ""))
+    others = ((folder, entry) for folder, entry in files if os.path.join(folder, entry.name) not in known)
+    unlisted = [folder / entry.name for folder, entry in others if is_image_file(folder, entry)]
     if unlisted:
         message = f"{len(unlisted)} image files are in no annotation file, the first is {unlisted[0].name}; not read"
         yield Problem("unlisted_images", "info", source.root, None, message)
+
+
+def nothing_found(source: Source, what: str) -> Problem:
+    """The problem of a source folder without any file of its format; an archive in it is never unpacked."""
+    message = f"no {what} in the source folder"
+    archives = [path.name for path in sorted(source.root.rglob("*")) if path.name.lower().endswith(ARCHIVE_SUFFIXES)]
+    if archives:
+        message += f"; unpack {', '.join(archives[:3])} first"
+    return Problem("annotations_missing", "error", source.root, None, message)
 
 
 def escape_surrogates(text: str) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import shapely
 
-from data_builders.records import Ring, Severity, Shape
+from data_builders.records import Bounds, Ring, Severity, Shape
 
 NOISE = 1e-6  # exporters round to six digits: so much over the edge is no overshoot
 WARN_BEYOND = 0.01  # of a side; farther out, something is wrong with the annotation or its image
 LEAST_INSIDE = 0.5
 LEAST_AREA = 1e-12
 FARTHEST_PIXEL = 1e7
+NUMBERS = frozenset({int, float})
 AREAS = frozenset({"box", "oriented_box", "polygon"})
 IMAGE = shapely.box(0, 0, 1, 1)
 
@@ -58,19 +61,56 @@ def ellipse_ring(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0,
 
 def read_pixels(values: object, what: str) -> list[float]:
     """Check numbers out of a JSON document; `what` names them in the message."""
-    if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) for value in values):
+    if not isinstance(values, (list, tuple)) or not NUMBERS.issuperset(map(type, values)):
         raise BadAnnotation("bad_annotation", f"{what} is not a list of numbers")
-    if not all(-FARTHEST_PIXEL < value < FARTHEST_PIXEL for value in values):  # false for NaN too
-        raise BadAnnotation("bad_annotation", f"{what} has a number that cannot be a pixel")
-    return [float(value) for value in values]
+    if values:
+        are_pixels = min(values) > -FARTHEST_PIXEL and max(values) < FARTHEST_PIXEL
+        if not are_pixels or math.isnan(sum(values)):  # NaN may hide from min and max, but not from a sum
+            raise BadAnnotation("bad_annotation", f"{what} has a number that cannot be a pixel")
+    return list(map(float, values))
 
 
-def fit(shape: Shape, rings: Iterable[Ring], size: tuple[int, int] | None = (1, 1)) -> Fitted:
+def survey_outlines(rings: Sequence[Ring]) -> list[Bounds | None]:
+    """The bounds of each outline that encloses an area without crossing itself, `None` for any other: for `fit`.
+
+    Many at once take a fifth of the time that `fit` takes to find it out for each.
+    """
+    bounds: list[Bounds | None] = [None] * len(rings)
+    usable = [index for index, ring in enumerate(rings) if len(ring) > 3]
+    if usable:
+        counts = np.array([len(rings[index]) for index in usable])
+        values = chain.from_iterable(chain.from_iterable([rings[index] for index in usable]))
+        points = np.fromiter(values, float, 2 * counts.sum()).reshape(-1, 2)
+        polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(usable)), counts)))
+        simple = shapely.is_valid(polygons) & (shapely.area(polygons) > LEAST_AREA)
+        starts = np.cumsum(counts) - counts
+        sides = np.hstack([np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)]).tolist()
+        for index, is_simple, box in zip(usable, simple.tolist(), sides, strict=True):
+            bounds[index] = tuple(box) if is_simple else None
+    return bounds
+
+
+def fit(
+    shape: Shape,
+    rings: Sequence[Ring],
+    size: tuple[int, int] | None = (1, 1),
+    *,
+    bounds: Sequence[Bounds | None] = (),
+) -> Fitted:
     """Repair a shape, bring it from the units of `size` (pixels, or 1 by 1 for fractions) to fractions, and clip it.
+
+    `bounds` are what `survey_outlines` found of the rings, where it was asked.
 
     Raises:
         BadAnnotation: when nothing of use is left of it.
     """
+    if len(rings) == 1 and size is not None:
+        if shape == "box":
+            ring = _fit_plain_box(rings[0], size)
+        else:
+            ring = _fit_plain_outline(rings[0], bounds[0], size) if bounds and bounds[0] and shape in AREAS else None
+        if ring:
+            return Fitted(_name(shape, (ring,)), (ring,))
     parts, notes = _repair(shape, tuple(rings))
     shape = _name(shape, parts)
     if size is None:
@@ -79,8 +119,36 @@ def fit(shape: Shape, rings: Iterable[Ring], size: tuple[int, int] | None = (1, 
         width, height = size
         if shape in AREAS and all(0 <= value <= 1 for ring in parts for point in ring for value in point):
             raise BadAnnotation("looks_like_fractions", "pixels are due here, these are fractions of the image")
-        parts = tuple(tuple((x / width, y / height) for x, y in ring) for ring in parts)
+        parts = tuple([tuple([(x / width, y / height) for x, y in ring]) for ring in parts])
     return _clip(shape, parts, notes)
+
+
+def _fit_plain_box(ring: Ring, size: tuple[int, int]) -> Ring | None:
+    """A box in fractions if it is as nearly all are, well-formed and within the image: two thirds of the time saved."""
+    (left, top), _, (right, bottom), _ = ring
+    width, height = size
+    if (
+        not (0 <= left < right <= width and 0 <= top < bottom <= height)
+        or (right - left) * (bottom - top) <= LEAST_AREA
+    ):
+        return None
+    if size == (1, 1):
+        return ring
+    is_in_pixels = right > 1 or bottom > 1
+    return box_ring(left / width, top / height, right / width, bottom / height) if is_in_pixels else None
+
+
+def _fit_plain_outline(ring: Ring, bounds: Bounds, size: tuple[int, int]) -> Ring | None:
+    """An outline in fractions if it lies within the image, given that it does not cross itself."""
+    left, top, right, bottom = bounds
+    width, height = size
+    if left < 0 or top < 0 or right > width or bottom > height:
+        return None
+    ring = ring[:-1] if ring[0] == ring[-1] else ring
+    if size == (1, 1):
+        return ring
+    is_in_pixels = right > 1 or bottom > 1
+    return tuple([(x / width, y / height) for x, y in ring]) if is_in_pixels else None
 
 
 def _repair(shape: Shape, rings: tuple[Ring, ...]) -> tuple[tuple[Ring, ...], tuple[Note, ...]]:
@@ -106,20 +174,24 @@ def _repair(shape: Shape, rings: tuple[Ring, ...]) -> tuple[tuple[Ring, ...], tu
             crossed = True
     if not parts:
         raise BadAnnotation("zero_area", "the polygon has no area")
-    note = Note("bow_tie_repaired", "warning", f"the outline crosses itself; read as {len(parts)} polygon(s)")
-    return tuple(parts), (note,) if crossed else ()
+    if not crossed:
+        return tuple(parts), ()
+    return tuple(parts), (
+        Note("bow_tie_repaired", "warning", f"the outline crosses itself; read as {len(parts)} polygon(s)"),
+    )
 
 
 def _is_simple(ring: Ring) -> bool:
     if len(ring) == 4:  # four turns the same way make a convex outline, and this is 20 times faster than shapely
         (ax, ay), (bx, by), (cx, cy), (dx, dy) = ring
+        turn = (bx - ax) * (cy - by) - (by - ay) * (cx - bx)
         turns = (
-            (bx - ax) * (cy - by) - (by - ay) * (cx - bx),
+            turn,
             (cx - bx) * (dy - cy) - (cy - by) * (dx - cx),
             (dx - cx) * (ay - dy) - (dy - cy) * (ax - dx),
             (ax - dx) * (by - ay) - (ay - dy) * (bx - ax),
         )
-        if min(turns) > LEAST_AREA or max(turns) < -LEAST_AREA:
+        if (min(turns) > LEAST_AREA) if turn > 0 else (max(turns) < -LEAST_AREA):
             return True
     polygon = shapely.Polygon(ring)
     return polygon.is_valid and polygon.area > LEAST_AREA
@@ -134,8 +206,7 @@ def _rings(geometry: shapely.Geometry) -> list[Ring]:
 
 
 def _clip(shape: Shape, parts: tuple[Ring, ...], notes: tuple[Note, ...]) -> Fitted:
-    xs = [x for ring in parts for x, _ in ring]
-    ys = [y for ring in parts for _, y in ring]
+    xs, ys = zip(*(parts[0] if len(parts) == 1 else chain.from_iterable(parts)), strict=True)
     overshoot = max(-min(xs), max(xs) - 1, -min(ys), max(ys) - 1)
     if overshoot <= 0:
         return Fitted(shape, parts, notes)

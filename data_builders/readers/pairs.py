@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from data_builders.images import find_images
+from data_builders.images import is_image_file, walk
 from data_builders.readers.drafts import Draft, LabelBook
-from data_builders.readers.files import drop_outward_links
+from data_builders.readers.files import leaves_root, nothing_found, outward_link
 from data_builders.records import Problem
 from data_builders.sources import Source
 
+IsWanted = Callable[[Path, os.DirEntry[str]], bool]
 NO_LABELS = re.compile(r"readme.*|classes|.*\.(roboflow|dataset)|\..*", re.IGNORECASE)  # stems
 
 
@@ -22,53 +25,92 @@ class Pair(NamedTuple):
     image: Path
     has_image: bool
     labels: Path | None
+    folder: Path  # of the labels, or of the image where there are none
+
+
+class Candidate(NamedTuple):
+    """A file that may be half of a pair; files that belong together have the same `key`."""
+
+    key: str
+    path: Path
+    folder: Path
 
 
 def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
     """Match `images/…/a.jpg` with `<folder>/…/a.txt`, and `a.jpg` with an `a.txt` beside it."""
     problems: list[Problem] = []
-    images_root, labels_root = source.root / (source.images or ""), source.root / (source.labels or "")
-    images = defaultdict(list)
-    for path in drop_outward_links(source, find_images(images_root), problems):
-        images[_key(path.relative_to(images_root), folder)].append(path)
-    texts = [
-        path
-        for path in sorted(labels_root.rglob("*"))
-        if path.suffix.lower() == ".txt" and path.is_file() and not NO_LABELS.fullmatch(path.stem)
-    ]
-    labels = _choose_labels(source, folder, drop_outward_links(source, texts, problems), images, problems)
+    images: dict[str, list[Candidate]] = defaultdict(list)
+    for image in _find(source, source.images, folder, is_image_file, problems):
+        images[image.key].append(image)
+    texts = list(_find(source, source.labels, folder, _is_label_file, problems))
+    labels = _choose_labels(source, folder, texts, images, problems)
     pairs = []
-    for key, paths in images.items():
-        pairs.append(Pair(paths[0], True, labels.pop(key, None)))
-        for path in paths[1:]:
-            message = f"{path.name} and {paths[0].name} would share a label file; it was read for {paths[0].name}"
-            problems.append(Problem("shared_label_file", "error", path, None, message))
-            pairs.append(Pair(path, True, None))
-    pairs += [Pair(_missing_image(source, folder, path), False, path) for path in labels.values()]
-    return sorted(pairs, key=lambda pair: (pair.image, str(pair.labels))), problems
+    for key, candidates in images.items():
+        image, *others = candidates
+        text = labels.pop(key, None)
+        pairs.append(Pair(image.path, True, text and text.path, (text or image).folder))
+        for other in others:
+            name = image.path.name
+            message = f"{other.path.name} and {name} would share a label file; it was read for {name}"
+            problems.append(Problem("shared_label_file", "error", other.path, None, message))
+            pairs.append(Pair(other.path, True, None, other.folder))
+    for text in labels.values():
+        pairs.append(Pair(_missing_image(source, folder, text.path), False, text.path, text.folder))
+    if not pairs:
+        problems.append(nothing_found(source, f"image, and no label file in a folder {folder!r}"))
+    if len(pairs) > len(images):  # else they are in order, as they were found
+        pairs.sort(key=lambda pair: (pair.image, str(pair.labels)))
+    return pairs, problems
 
 
-def _key(relative: PurePath, folder: str) -> tuple[str, ...]:
-    """What an image and its label file have in common: their path without the folders that tell them apart."""
-    return *(part for part in relative.parts[:-1] if part.lower() not in {"images", folder.lower()}), relative.stem
+def _find(
+    source: Source, below: str | None, folder: str, is_wanted: IsWanted, problems: list[Problem]
+) -> Iterator[Candidate]:
+    """The files that are wanted, in the order of their paths, and a problem for each link out of the source."""
+    root = source.root / (below or "")
+    parent, start = None, ""
+    for current, entry in walk(root):
+        if not is_wanted(current, entry):
+            continue
+        path = current / entry.name
+        if entry.is_symlink() and leaves_root(source, path):
+            problems.append(outward_link(path))
+            continue
+        if current is not parent:
+            parent, start = current, _start_key(current.relative_to(root), folder)
+        yield Candidate(start + (entry.name.rpartition(".")[0] or entry.name), path, current)
+
+
+def _start_key(relative: PurePath, folder: str) -> str:
+    """What a folder adds to the keys of its files: its path without the folders that tell images and labels apart."""
+    return "".join(f"{part}/" for part in relative.parts if part.lower() not in {"images", folder.lower()})
+
+
+def _is_label_file(_: Path, entry: os.DirEntry[str]) -> bool:
+    stem, _, suffix = entry.name.rpartition(".")
+    return suffix.lower() == "txt" and not NO_LABELS.fullmatch(stem)
 
 
 def _choose_labels(
-    source: Source, folder: str, texts: list[Path], images: dict, problems: list[Problem]
-) -> dict[tuple[str, ...], Path]:
+    source: Source, folder: str, texts: list[Candidate], images: Mapping[str, list[Candidate]], problems: list[Problem]
+) -> dict[str, Candidate]:
     """The label files by key: first those in label folders, then those beside images; the rest is reported."""
     root = source.root / (source.labels or "")
-    in_folder = {path for path in texts if source.labels or folder.lower() in _folders(path.relative_to(root))}
-    with_images = {path.parent for paths in images.values() for path in paths}
-    chosen: dict[tuple[str, ...], Path] = {}
-    for path in sorted(texts, key=lambda path: (path not in in_folder, path)):
-        key = _key(path.relative_to(root), folder)
-        beside = key in images or (not in_folder and (path.parent in with_images or not images))
-        if key not in chosen and (path in in_folder or beside):
-            chosen[key] = path
+    label_folders = {
+        parent
+        for parent in {text.folder for text in texts}
+        if source.labels or folder.lower() in map(str.lower, parent.relative_to(root).parts)
+    }
+    with_images = {image.folder for candidates in images.values() for image in candidates}
+    chosen: dict[str, Candidate] = {}
+    for text in sorted(texts, key=lambda text: text.folder not in label_folders):
+        in_folder = text.folder in label_folders
+        beside = text.key in images or (not label_folders and (text.folder in with_images or not images))
+        if text.key not in chosen and (in_folder or beside):
+            chosen[text.key] = text
         else:
             message = f"is neither in a folder {folder!r} nor beside an image, or it is there twice; not read"
-            problems.append(Problem("unused_file", "info", path, None, message))
+            problems.append(Problem("unused_file", "info", text.path, None, message))
     return chosen
 
 

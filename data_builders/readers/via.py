@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+from data_builders.readers.batches import read_in_batches
 from data_builders.readers.drafts import Draft, LabelBook, Spellings
-from data_builders.readers.files import drop_outward_links, find_image, shorten, unlisted_images
-from data_builders.readers.geometry import BadAnnotation, box_ring, ellipse_ring, read_pixels
-from data_builders.readers.via_files import Options, Region, ViaFile, load_via
-from data_builders.records import ImageRecord, Problem, Ring, Shape
+from data_builders.readers.files import (
+    ImageFinder,
+    drop_outward_links,
+    escape_surrogates,
+    nothing_found,
+    shorten,
+    unlisted_images,
+)
+from data_builders.readers.geometry import BadAnnotation, box_ring, ellipse_ring, read_pixels, survey_outlines
+from data_builders.readers.quarantine import quarantine_dicom
+from data_builders.readers.via_files import Options, Region, ViaFile, ViaImage, load_via
+from data_builders.records import Bounds, ImageRecord, Problem, Ring, Shape
 from data_builders.sources import Source
 
+BLOCK = 200  # images
 
+
+@quarantine_dicom
+@read_in_batches
 def read_via(source: Source) -> Iterator[ImageRecord | Problem]:
     """Yield one record per image, and a problem for everything that could not be read.
 
@@ -27,8 +42,7 @@ def read_via(source: Source) -> Iterator[ImageRecord | Problem]:
         not_via = problem.code == "not_via" and files and not source.annotations
         yield Problem("unused_file", "info", problem.path, None, problem.message) if not_via else problem
     if not files and not refused:
-        message = f"no file {source.annotations or '*.json or *.csv'} in the source folder"
-        yield Problem("annotations_missing", "error", source.root, None, message)
+        yield nothing_found(source, f"file {source.annotations or '*.json or *.csv'}")
     seen: set[Path] = set()
     for path, via in files:
         for item in _read_file(book, path, via):
@@ -69,20 +83,55 @@ def _read_file(book: LabelBook, path: Path, via: ViaFile) -> Iterator[ImageRecor
     except BadAnnotation as error:
         yield Problem(error.code, "error", path, None, str(error))
     flawed = attribute is None or any(problem.severity == "error" for problem in via.problems)
-    drafts: dict[Path, Draft] = {}
-    for image in via.images:
+    drafts: dict[str, Draft] = {}
+    finder = ImageFinder(book.source, path.parent)
+    for image, regions in _take_shapes(via.images):
         try:
-            file = find_image(book.source, path.parent, image.file_name)
+            file = finder.find(image.file_name)
         except BadAnnotation as error:
             yield Problem(error.code, "error", path, image.line, str(error))
             continue
-        if file not in drafts:
-            drafts[file] = Draft(book, file, path, flawed=flawed)
-            drafts[file].measure()
-        for region in image.regions if attribute is not None else ():
-            _add(drafts[file], region, attribute, via.options)
-    for file in sorted(drafts):
-        yield from drafts[file].finish()
+        draft = drafts.get(str(file))
+        if draft is None:
+            draft = drafts[str(file)] = Draft(book, file, path, flawed=flawed)
+            draft.measure()
+        for region, drawn in regions if attribute is not None else ():
+            _add(draft, region, drawn, attribute, via.options)
+    for draft in sorted(drafts.values(), key=lambda draft: draft.path.parts):
+        yield from draft.finish()
+
+
+class Drawn(NamedTuple):
+    """The shape of a region in pixels; `bounds` are what `survey_outlines` found of its ring."""
+
+    name: Shape
+    ring: Ring
+    bounds: Bounds | None = None
+
+
+def _take_shapes(images: list[ViaImage]) -> Iterator[tuple[ViaImage, list[tuple[Region, Drawn | BadAnnotation]]]]:
+    """Each image with the shapes of its regions, or what is wrong with them; `images` is empty afterwards.
+
+    Outlines are checked for a block of images, and an image's memory is free again when its findings take some.
+    """
+    images.reverse()
+    while images:
+        block = [images.pop() for _ in range(min(BLOCK, len(images)))]
+        shapes = [_try_shape(region) for image in block for region in image.regions]
+        outlines = [shape.ring if isinstance(shape, Drawn) and shape.name == "polygon" else () for shape in shapes]
+        for index, bounds in enumerate(survey_outlines(outlines)):
+            if bounds:
+                shapes[index] = shapes[index]._replace(bounds=bounds)
+        drawn = iter(shapes)
+        for image in block:
+            yield image, list(zip(image.regions, islice(drawn, len(image.regions)), strict=True))
+
+
+def _try_shape(region: Region) -> Drawn | BadAnnotation:
+    try:
+        return Drawn(*_read_shape(region.shape))
+    except BadAnnotation as error:
+        return error
 
 
 def _label_attribute(source: Source, regions: list[Region]) -> str:
@@ -97,9 +146,10 @@ def _label_attribute(source: Source, regions: list[Region]) -> str:
     return found[0] if found else ""
 
 
-def _add(draft: Draft, region: Region, attribute: str, options: Options) -> None:
+def _add(draft: Draft, region: Region, drawn: Drawn | BadAnnotation, attribute: str, options: Options) -> None:
     try:
-        shape, ring = _read_shape(region.shape)
+        if isinstance(drawn, BadAnnotation):
+            raise drawn
         if not isinstance(region.attributes, dict):
             raise BadAnnotation("bad_annotation", "region_attributes is no mapping")
         labels = _read_labels(region.attributes.get(attribute), options.get(attribute, {}))
@@ -112,7 +162,15 @@ def _add(draft: Draft, region: Region, attribute: str, options: Options) -> None
     except BadAnnotation as error:
         draft.note(error.code, "error", region.line, str(error))
         return
-    draft.add(region.line, labels, shape, [ring], number=region.number, attributes=grades)
+    draft.add(
+        region.line,
+        labels,
+        drawn.name,
+        [drawn.ring],
+        number=region.number,
+        attributes=grades,
+        bounds=[drawn.bounds],
+    )
 
 
 def _read_labels(value: object, options: Mapping[str, str]) -> list[Spellings]:
@@ -129,7 +187,8 @@ def _read_labels(value: object, options: Mapping[str, str]) -> list[Spellings]:
 
 def _read_grades(source: Source, attributes: Mapping, options: Options) -> dict[str, str]:
     read = {name: _read_labels(attributes.get(raw), options.get(raw, {})) for raw, name in source.attributes.items()}
-    return {name: ", ".join(str(spellings[0]) for spellings in labels) for name, labels in read.items() if labels}
+    texts = {name: ", ".join(str(spellings[0]) for spellings in labels) for name, labels in read.items() if labels}
+    return {name: escape_surrogates(text) for name, text in texts.items()}
 
 
 def _read_shape(value: object) -> tuple[Shape, Ring]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_builders.readers.files import escape_surrogates, load_json, read_text, repeated_keys_problem
+from data_builders.readers.files import MAX_BYTES, escape_surrogates, load_json, read_text, repeated_keys_problem
 from data_builders.readers.geometry import BadAnnotation
 from data_builders.records import Problem
 
@@ -17,7 +17,7 @@ Options = Mapping[str, Mapping[str, str]]  # attribute → option id → its tex
 HEADER = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
 
 
-@dataclass
+@dataclass(slots=True)
 class Region:
     """One region as it stands in the file; `shape` and `attributes` should be mappings."""
 
@@ -27,7 +27,7 @@ class Region:
     attributes: object
 
 
-@dataclass
+@dataclass(slots=True)
 class ViaImage:
     """One image as it stands in the file."""
 
@@ -83,10 +83,10 @@ def _load_json(path: Path) -> ViaFile:
 
 
 def _load_csv(path: Path) -> ViaFile:
-    text = read_text(path)
-    rows = csv.reader(io.StringIO(text, newline=""))
+    rows = csv.reader(io.StringIO(read_text(path), newline=""))
     images: dict[str, ViaImage] = {}
     problems: list[Problem] = []
+    limit = csv.field_size_limit(MAX_BYTES)  # an outline of 10,000 points is longer than csv's own limit
     try:
         if [name.strip().lstrip("#") for name in next(rows, [])] != HEADER.split(","):
             raise BadAnnotation("not_via", "is not VIA: its first line does not name the seven columns of a VIA CSV")
@@ -96,6 +96,8 @@ def _load_csv(path: Path) -> ViaFile:
     except csv.Error as error:
         message = f"is not valid CSV: {error}; the rest of the file was not read"
         problems.append(Problem("bad_csv", "error", path, rows.line_num, message))
+    finally:
+        csv.field_size_limit(limit)
     return ViaFile(list(images.values()), {}, problems)
 
 

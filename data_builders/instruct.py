@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from data_builders.audit import SourceContent, count_problems, read_source
 from data_builders.chat import SPLITS, SYSTEM_PROMPT, Message, Row, answer_messages
@@ -18,34 +17,50 @@ from data_builders.dataset_folder import (
     BuildError,
     new_folder,
     stop_on,
-    write_card,
     write_jsonl,
     write_report,
     write_rows,
 )
+from data_builders.instruct_card import write_instruct_card
+from data_builders.near_duplicates import NEAR_DUPLICATE, group_prompts
+from data_builders.personal_data import find_personal_data
+from data_builders.prompt_repair import MASKS, gives_away, repair_prompt
 from data_builders.readers.cases import Case
 from data_builders.records import Problem, Split
 from data_builders.sources import Shares, Source, SourcesFile
-from data_builders.splits import Groups, split_groups
+from data_builders.splits import split_groups
 
-NEAR_DUPLICATE = 0.7  # share of common word triples; another age, sex and one more word in a case of 40 words reach it
-SHINGLE = 3  # words
-WORD = re.compile(r"[^\W_]+")
+TREATED = {"drop": "dropped", "mask": "masked", "keep": "kept"}  # what was done with the diagnosis in a prompt
+DONE = {
+    "drop": "what names it is taken out",
+    "mask": "its name is masked",
+    "keep": "it is kept, since the source says so",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A case that is kept, and its identity: the hash of its turns without the system prompt, however it is spaced."""
+    """A case that is kept, as it is built.
+
+    `case_id` is the hash of the turns as they were read, so that a case is called the same whatever is done with its
+    prompt. `treated` says what was done with the diagnosis in it, `None` where there is none.
+    """
 
     source: Source
     case: Case
     case_id: str
+    treated: str | None = None
+
+
+Problems = dict[str, list[Problem]]  # by the name of the source, "" for the sources file's own
 
 
 def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = None, strict: bool = False) -> dict:
-    """Build the chat dataset folder `out` from the sources with reader `cases` and return its build report.
+    """Build the chat dataset folder `out` from the sources with reader `cases`.
 
-    A line that holds no usable case is left out and counted; with `strict` any such error stops the build instead.
+    Returns its build report, to which the list of `problems` is added; the report in the folder holds counts alone. A
+    line that holds no usable case is left out and counted; with `strict` any such error stops the build instead. A
+    diagnosis that stands in the prompt is dropped, masked or kept, as its source says, before cases are compared.
 
     Raises:
         BuildError: when there is no case to build from, or, with `strict`, on errors.
@@ -53,11 +68,13 @@ def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = N
     seed = sources_file.seed if seed is None else seed
     contents = [read_source(source, progress=False) for source in sources_file.sources if source.reader == "cases"]
     _stop_on_errors(sources_file, contents, strict=strict)
-    problems = {content.source.name: list(content.problems) for content in contents}
-    items = _drop_duplicates(contents, problems)
-    for item in items:
-        problems[item.source.name] += _find_answer_in_prompt(item.case)
-    group_ids = group_cases(items)
+    problems: Problems = {content.source.name: list(content.problems) for content in contents}
+    repaired = list(_repair_prompts(contents, MASKS[sources_file.languages[0]], problems))
+    items = _drop_duplicates(_drop_undecidable(repaired, problems), problems)
+    if not items:
+        raise BuildError(f"{sources_file.path}: no prompt holds more than the diagnosis; see `diagnosis_in_prompt`")
+    _look_for_personal_data(items, problems)
+    group_ids = group_prompts([item.case.prompt for item in items], [item.case_id for item in items])
     splits = split_cases(items, group_ids, shares=sources_file.split, seed=seed)
     problems[""] = list(_say_what_is_not_held_out(sources_file, items, group_ids, splits))
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
@@ -66,11 +83,14 @@ def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = N
     with new_folder(out) as folder:
         written = write_rows(folder, rows, {}.__getitem__)  # no row has an image to read
         write_jsonl(folder / "cases.jsonl", _list_cases(items, group_ids, splits))
-        report = _report(contents, items, group_ids, splits, problems) | {"seed": seed, "splits": written}
-        body = _card(report, sources_file)
-        write_card(folder, body, written, with_images=False, **_card_data(sources_file))
+        report = _report(contents, items, group_ids, splits, problems) | {
+            "sources_file": sources_file.path.name,
+            "seed": seed,
+            "splits": written,
+        }
+        write_instruct_card(folder, report, language=sources_file.languages[0])
         write_report(folder, report)
-    return report
+    return report | {"problems": [asdict(p) | {"path": str(p.path)} for own in problems.values() for p in own]}
 
 
 def _stop_on_errors(sources_file: SourcesFile, contents: Sequence[SourceContent], *, strict: bool) -> None:
@@ -85,18 +105,83 @@ def _stop_on_errors(sources_file: SourcesFile, contents: Sequence[SourceContent]
         raise BuildError(why)
 
 
-def _drop_duplicates(contents: Iterable[SourceContent], problems: Mapping[str, list[Problem]]) -> list[Item]:
-    """Every case once, the first where it is there several times; a problem for each other."""
-    first: dict[str, Item] = {}
+def _repair_prompts(contents: Iterable[SourceContent], mask: str, problems: Problems) -> Iterator[Item]:
+    """Yield the cases with what their prompts may say, and report every prompt that names its condition."""
     for content in contents:
+        source = content.source
+        synonyms = {_spell(condition): names for condition, names in source.synonyms.items()}
+        problems[source.name] += _find_unused_synonyms(source, synonyms, content.cases)
         for case in content.cases:
-            item = Item(content.source, case, identify(case))
-            kept = first.setdefault(item.case_id, item)
-            if kept is not item:
-                message = f"is the same case as {kept.case.where}; built once"
-                problem = Problem("duplicate_case", "warning", case.path, case.line, message)
-                problems[content.source.name].append(problem)
-    return list(first.values())
+            others = synonyms.get(_spell(case.condition or ""), ())
+            item = Item(source, case, identify(case))
+            if not case.condition or not gives_away(case.prompt, case.condition, others):
+                yield item
+                continue
+            problems[source.name].append(_say_named(case, source))
+            prompt: tuple[Message, ...] | None = case.prompt
+            if source.diagnosis_in_prompt != "keep":
+                prompt = repair_prompt(
+                    case.prompt,
+                    case.condition,
+                    treatment=source.diagnosis_in_prompt,
+                    synonyms=others,
+                    condition_line=source.condition_line,
+                    mask=mask,
+                )
+            if prompt:
+                treated = TREATED[source.diagnosis_in_prompt]
+                yield replace(item, case=replace(case, prompt=prompt), treated=treated)
+            else:
+                problems[source.name].append(_say_left_out(case, "nothing to ask is left without the diagnosis"))
+
+
+def _say_named(case: Case, source: Source) -> Problem:
+    done = DONE[source.diagnosis_in_prompt]
+    message = f"the prompt names the condition, so that the answer is in the question; {done}"
+    return Problem("answer_in_prompt", "warning", case.path, case.line, message)
+
+
+def _say_left_out(case: Case, why: str) -> Problem:
+    return Problem("nothing_left_to_ask", "warning", case.path, case.line, f"{why}; the case is left out")
+
+
+def _find_unused_synonyms(source: Source, synonyms: Iterable[str], cases: Iterable[Case]) -> Iterator[Problem]:
+    known = {_spell(case.condition) for case in cases if case.condition}
+    for condition in sorted(set(synonyms) - known):
+        message = f"`synonyms` names {condition!r}, which no case is about"
+        yield Problem("unused_synonyms", "warning", source.root, None, message)
+
+
+def _drop_undecidable(items: Sequence[Item], problems: Problems) -> Iterator[Item]:
+    """Yield the cases but those whose prompt, once repaired, reads the same as one on another condition."""
+    conditions: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        conditions[_read_alike(item.case.prompt)].add(_stratum(item))
+    for item in items:
+        if item.treated in (None, "kept") or len(conditions[_read_alike(item.case.prompt)]) == 1:
+            yield item
+        else:
+            why = "without the diagnosis the prompt is the same as one on another condition"
+            problems[item.source.name].append(_say_left_out(item.case, why))
+
+
+def _drop_duplicates(items: Iterable[Item], problems: Problems) -> list[Item]:
+    """Every case once, the first where it is there several times, as read or as repaired; a problem for each other."""
+    first: dict[str, Item] = {}
+    unique = []
+    for item in items:
+        keys = {item.case_id, identify(item.case)}
+        kept = next((first[key] for key in sorted(keys) if key in first), None)
+        for key in keys:
+            first.setdefault(key, kept or item)
+        if kept is None:
+            unique.append(item)
+        else:
+            where = f"{_below(kept.source.root, kept.case.path)}:{kept.case.line}"
+            message = f"is the same case as {where}; built once"
+            problem = Problem("duplicate_case", "warning", item.case.path, item.case.line, message)
+            problems[item.source.name].append(problem)
+    return unique
 
 
 def identify(case: Case) -> str:
@@ -104,58 +189,25 @@ def identify(case: Case) -> str:
 
     Punctuation counts: `percussion +` and `percussion -` are not the same finding.
     """
-    turns = [f"{turn['role']}: {turn['content']}" for turn in case.prompt if turn["role"] != "system"]
-    text = unicodedata.normalize("NFKC", "\n".join([*turns, case.answer])).casefold()
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+    text = _read_alike([*case.prompt, {"role": "assistant", "content": case.answer}])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def group_cases(items: Sequence[Item]) -> list[str]:
-    """The group id of each case: cases whose prompts are near duplicates, directly or over others, get the same.
-
-    Prompts are compared, not answers: answers on one condition are alike in any good dataset, and a question that was
-    seen in training is what leaks.
-    """
-    same: dict[frozenset, int] = {}
-    numbers = [same.setdefault(_shingles(item.case.prompt), len(same)) for item in items]
-    groups = Groups()
-    for first, second in find_near_duplicates(list(same), NEAR_DUPLICATE, known=groups):
-        groups.join(first, second)
-    names: dict[object, str] = {}
-    for item, number in zip(items, numbers, strict=True):
-        root = groups.find(number)
-        names[root] = min(names.get(root, item.case_id), item.case_id)
-    return [names[groups.find(number)] for number in numbers]
+def _read_alike(turns: Iterable[Message]) -> str:
+    """Turns in the form in which they are compared."""
+    lines = [f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system"]
+    return " ".join(unicodedata.normalize("NFKC", "\n".join(lines)).casefold().split())
 
 
-def _shingles(prompt: Iterable[Message]) -> frozenset[tuple[str, ...]]:
-    """The word triples of a prompt; all numbers are one word, since another age does not make another case."""
-    text = " ".join(turn["content"] for turn in prompt if turn["role"] != "system")
-    words = ["0" if word.isdecimal() else word for word in _words(text)]
-    return frozenset(zip(*(words[start:] for start in range(SHINGLE)), strict=False)) or frozenset([tuple(words)])
-
-
-def find_near_duplicates(sets: Sequence[Set], threshold: float, *, known: Groups) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of sets whose Jaccard similarity is `threshold` or more, except those that `known` has joined.
-
-    Exact, unlike MinHash: sets that are alike must share one of their rarest members, so that only those which do are
-    compared (prefix filtering: Bayardo, Ma and Srikant 2007; shorter prefixes for the index: Xiao et al. 2008).
-    """
-    frequency = Counter(member for members in sets for member in members)
-    rank = {member: number for number, member in enumerate(sorted(frequency, key=lambda m: (frequency[m], m)))}
-    ranked = [sorted(map(rank.__getitem__, members)) for members in sets]
-    compared = list(map(frozenset, ranked))
-    index: dict[int, list[int]] = defaultdict(list)
-    for number in sorted(range(len(sets)), key=lambda number: len(sets[number])):
-        members, size = ranked[number], len(ranked[number])
-        least = threshold * size - 1e-9  # sharing fewer than this, or being smaller, rules a pair out
-        candidates = {other for member in members[: size - math.ceil(least) + 1] for other in index[member]}
-        for other in sorted(candidates):
-            if len(ranked[other]) >= least and known.find(number) != known.find(other):
-                common = len(compared[number] & compared[other])
-                if common >= threshold * (size + len(ranked[other]) - common) - 1e-9:
-                    yield number, other
-        for member in members[: size - math.ceil(2 * threshold / (1 + threshold) * size - 1e-9) + 1]:
-            index[member].append(number)
+def _look_for_personal_data(items: Iterable[Item], problems: Problems) -> None:
+    for item in items:
+        if item.source.pii == "off":
+            continue
+        kinds = find_personal_data([*(turn["content"] for turn in item.case.prompt), item.case.answer])
+        if kinds:
+            message = f"seems to hold personal data ({', '.join(kinds)}); look at it, and take it out at the source"
+            problem = Problem("pii", "warning", item.case.path, item.case.line, message)
+            problems[item.source.name].append(problem)
 
 
 def split_cases(items: Sequence[Item], group_ids: Sequence[str], *, shares: Shares, seed: int) -> dict[str, Split]:
@@ -180,22 +232,6 @@ def _stratum(item: Item) -> str:
 
 def _spell(condition: str) -> str:
     return " ".join(condition.replace("_", " ").casefold().split())
-
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def _find_answer_in_prompt(case: Case) -> Iterator[Problem]:
-    """One problem where a user turn names the condition: the answer is then in the question."""
-    name = re.sub(r"\([^)]*\)", " ", case.condition or "")  # as in `dental caries (K02.9)`
-    words = _words(name) or _words(case.condition or "")
-    if not any(word.isalpha() for word in words):
-        return  # a number for a name stands in many prompts and gives nothing away
-    text = " ".join(_words(" ".join(turn["content"] for turn in case.prompt if turn["role"] == "user")))
-    if f" {' '.join(words)} " in f" {text} ":
-        message = "the prompt names the condition, so that the answer is in the question; take it out of the prompt"
-        yield Problem("answer_in_prompt", "warning", case.path, case.line, message)
 
 
 def _say_what_is_not_held_out(
@@ -246,6 +282,7 @@ def _list_cases(items: Sequence[Item], group_ids: Sequence[str], splits: Mapping
             "split": splits[group_id],
             "source": item.source.name,
             "condition": item.case.condition,
+            "diagnosis_in_prompt": item.treated,
             "where": f"{_below(item.source.root, item.case.path)}:{item.case.line}",
         }
         for item, group_id in zip(items, group_ids, strict=True)
@@ -262,7 +299,7 @@ def _report(
     items: Sequence[Item],
     group_ids: Sequence[str],
     splits: Mapping[str, Split],
-    problems: Mapping[str, Sequence[Problem]],
+    problems: Problems,
 ) -> dict:
     conditions: dict[str, Counter[str]] = defaultdict(Counter)
     for item, group_id in zip(items, group_ids, strict=True):
@@ -272,10 +309,33 @@ def _report(
     return {
         "sources": [_report_source(content, items, problems[content.source.name]) for content in contents],
         "conditions": {name: {s: counts[s] for s in SPLITS} for name, counts in sorted(conditions.items())},
+        "statistics": _count_words(items, [splits[group_id] for group_id in group_ids]),
+        "diagnosis_in_prompt": {done: sum(item.treated == done for item in items) for done in TREATED.values()},
         "groups": {"count": len(sizes), "largest": max(sizes.values()), "near_duplicate": NEAR_DUPLICATE},
         "problem_counts": count_problems(all_problems),
         "severities": dict(sorted(Counter(problem.severity for problem in all_problems).items())),
     }
+
+
+def _count_words(items: Sequence[Item], splits: Sequence[Split]) -> dict[str, dict[str, float]]:
+    """What each split holds: conditions, lengths in words, and the share of answers that are there once only."""
+    statistics = {}
+    for split in SPLITS:
+        own = [item for item, its in zip(items, splits, strict=True) if its == split]
+        if own:
+            prompts = [
+                " ".join(turn["content"] for turn in item.case.prompt if turn["role"] != "system") for item in own
+            ]
+            answers = Counter(" ".join(item.case.answer.split()) for item in own)
+            statistics[split] = {
+                "cases": len(own),
+                "conditions": len({_stratum(item) for item in own if item.case.condition}),
+                "without_condition": sum(item.case.condition is None for item in own),
+                "median_prompt_words": median(len(prompt.split()) for prompt in prompts),
+                "median_answer_words": median(len(item.case.answer.split()) for item in own),
+                "unique_answers": round(sum(number == 1 for number in answers.values()) / len(own), 4),
+            }
+    return statistics
 
 
 def _report_source(content: SourceContent, items: Sequence[Item], problems: Sequence[Problem]) -> dict:
@@ -285,64 +345,8 @@ def _report_source(content: SourceContent, items: Sequence[Item], problems: Sequ
         "reader": source.reader,
         "license": source.license,
         "url": source.url,
+        "pii": source.pii,
         "cases": len(content.cases),
         "rows": sum(item.source is source for item in items),
         "problem_counts": count_problems(problems),
     }
-
-
-def _card_data(sources_file: SourcesFile) -> dict:
-    return {
-        "language": [sources_file.languages[0]],
-        "task_categories": ["text-generation"],
-        "tags": ["dental", "medical", "instruct", "dentalgemma"],
-        "license": "other",
-        "license_name": "per-source",
-        "license_link": "#sources-and-licences",
-    }
-
-
-def _card(report: Mapping, sources_file: SourcesFile) -> str:
-    lines = [
-        "# Dental instruct dataset",
-        "",
-        "Clinical cases as chat, for training on text alone. Made with DentalGemma; `cases.jsonl` tells which line of "
-        "which source each row comes from and which condition it is about.",
-        "",
-        "| split | rows |",
-        "| --- | ---: |",
-        *(f"| {split} | {counts['rows']} |" for split, counts in report["splits"].items()),
-        "",
-        f"Exact duplicates are kept once. Cases whose prompts share {NEAR_DUPLICATE:.0%} of their word triples or more "
-        "lie in one split.",
-        "",
-        "## Sources and licences",
-        "",
-        "| source | cases read | rows | licence |",
-        "| --- | ---: | ---: | --- |",
-    ]
-    for source in report["sources"]:
-        licence = source["license"] or "not stated"
-        lines.append(f"| {source['name']} | {source['cases']} | {source['rows']} | {licence} |")
-    lines += [
-        "",
-        "The rows of each source stay under that source's licence. A licence that is not stated grants nothing.",
-        "",
-        "## Conditions",
-        "",
-        "| condition | train | validation | test |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {_escape(name)} | {' | '.join(map(str, c.values()))} |" for name, c in report["conditions"].items()),
-        "",
-        "## Limits",
-        "",
-        f"{report['problem_counts'].get('answer_in_prompt', 0)} rows name the condition in their prompt. "
-        "The answers are the sources' own; nobody checked them. Not for diagnosis; for research and education.",
-        "",
-        f"Built from `{sources_file.path.name}` with seed {report['seed']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

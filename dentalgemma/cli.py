@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from data_builders.records import InputError
+from data_builders.records import InputError, Modality, Problem
 from dentalgemma import __version__
+
+if TYPE_CHECKING:
+    from data_builders.sources import SourcesFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +34,31 @@ SHOWN_PER_CODE = 5
 Seed = Annotated[int | None, typer.Option(help="Seed; the sources file's own where it is left out.")]
 Workers = Annotated[int, typer.Option(min=1, help="Images decoded at a time. The result does not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
+
+
+def _show_presets(names: list[str] | None) -> list[str] | None:
+    """Print the presets and stop, where `list` is asked for."""
+    if "list" in (names or ()):
+        from data_builders.presets import list_presets, list_sources
+
+        for name, path in list_presets().items():
+            typer.echo(f"{name}  ({path})")
+            for source, url in list_sources(path).items():
+                typer.echo(f"  {source}  {url}")
+        raise typer.Exit
+    return names
+
+
+Preset = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Instead of a sources file: the public sets of a preset, or one of them; may be given several times. "
+        "`--preset list` shows them.",
+        callback=_show_presets,
+        is_eager=True,
+    ),
+]
+Data = Annotated[Path | None, typer.Option(help="The folder with the downloads that a preset reads.")]
 
 
 class Family(StrEnum):
@@ -65,24 +95,47 @@ def _root(
 @app.command()
 def audit(
     sources: Annotated[Path, typer.Argument(help="A sources file.")],
+    html: Annotated[Path | None, typer.Option(help="Also write a page with crops, heat maps and copies.")] = None,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 if there is any error.")] = False,
     as_json: AsJson = False,
     workers: Workers = 2,
 ) -> None:
-    """Say what is in the sources: counts, problems with file and line, duplicates, leaks. Writes nothing.
+    """Say what is in the sources: counts, problems with file and line, copies, mosaics, leaks. Changes nothing.
 
-    Example: `dentalgemma audit sources.yaml --json > audit.json`
+    Example: `dentalgemma audit sources.yaml --html audit.html`
     """
-    from data_builders.audit import audit as run_audit
+    from data_builders.audit import read_sources, summarise
     from data_builders.sources import load_sources
 
-    report = run_audit(load_sources(sources), workers=workers, progress=not as_json)
+    contents = read_sources(load_sources(sources), workers=workers, progress=not as_json)
+    report = summarise(contents)
+    if html:
+        from data_builders.audit_page import write_audit_page
+
+        write_audit_page(html, report, contents)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return
+    else:
+        _print_audit(report)
+        if html:
+            out_console.print(f"Open {html}", soft_wrap=True)
+    if strict and any(p["severity"] == "error" for source in report["sources"] for p in source["problems"]):
+        raise typer.Exit(1)
+
+
+def _print_audit(report: dict) -> None:
     for source in report["sources"]:
         _print_source(source)
+    flipped = sum(pair["kind"] == "flipped" for pair in report["near_duplicates"])
+    copies = len(report["near_duplicates"])
     out_console.print(f"{len(report['duplicates'])} sets of files show the same pixels.")
+    out_console.print(f"{copies} pairs show the same picture in other pixels, {flipped} of them mirrored.")
+    out_console.print(f"{len(report['mosaics'])} pictures are mosaics.")
     out_console.print(f"{len(report['leaks'])} groups lie in several of the sources' own splits.")
+    for rate in report["leak_rates"]:
+        if rate["also_in_train"]:
+            leaked = f"{rate['also_in_train']} of {rate['images']} {rate['split']} images are also in train"
+            out_console.print(f"  {rate['source']}: {leaked}", markup=False)
 
 
 def _print_source(source: dict) -> None:
@@ -113,42 +166,94 @@ def _print_source(source: dict) -> None:
 
 @app.command()
 def build(
-    sources: Annotated[Path, typer.Argument(help="A sources file.")],
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+    sources: Annotated[Path | None, typer.Argument(help="A sources file.")] = None,
+    preset: Preset = None,
+    data: Data = None,
     seed: Seed = None,
     workers: Workers = 2,
     strict: Annotated[bool, typer.Option(help="Stop on any error instead of leaving out what it concerns.")] = False,
+    gallery: Annotated[int, typer.Option(min=0, help="How many images gallery.html shows at most; 0: no page.")] = 200,
     as_json: AsJson = False,
 ) -> None:
     """Build the VQA dataset folder: questions and answers that the annotations carry, split by group.
 
     Example: `dentalgemma build sources.yaml --out data/vqa`
+
+    Example: `dentalgemma build --preset dentalgemma_vqa --data downloads --out data/vqa`
+
+    Example: `dentalgemma build --preset opg_detection --preset opg_classification --data downloads --out data/opg`
     """
-    from data_builders.sources import load_sources
     from data_builders.vqa import build_vqa
 
-    loaded = load_sources(sources)
-    report = build_vqa(loaded, out, seed=seed, workers=workers, strict=strict, progress=not as_json)
+    loaded = _load(sources, preset, data)
+    if all(source.reader == "cases" for source in loaded.sources):
+        raise InputError(f"{loaded.path} holds clinical cases, no images; build them with `dentalgemma build-instruct`")
+    report = build_vqa(loaded, out, seed=seed, workers=workers, strict=strict, gallery=gallery, progress=not as_json)
     _print_build(report, out, as_json=as_json)
+
+
+@app.command()
+def check(
+    dataset: Annotated[Path, typer.Argument(help="A VQA dataset folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Prove every row of a dataset folder again: its claims against the annotations, its words against its claims.
+
+    Needs nothing but the folder. Exit code 1 if any row fails.
+
+    Example: `dentalgemma check data/vqa`
+    """
+    from data_builders.proof import check_dataset
+
+    results = list(check_dataset(dataset))
+    wrong = {row_id: found for row_id, found in results if found}
+    if as_json:
+        typer.echo(json.dumps({"rows": len(results), "wrong": wrong}, indent=2, ensure_ascii=False))
+    else:
+        for row_id, found in list(wrong.items())[:20]:
+            error_console.print(f"{row_id}: {'; '.join(found)}", markup=False, soft_wrap=True)
+        out_console.print(f"{len(results)} rows checked, {len(wrong)} of them wrong.")
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command("build-instruct")
 def build_instruct(
-    sources: Annotated[Path, typer.Argument(help="A sources file with sources of `reader: cases`.")],
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+    sources: Annotated[Path | None, typer.Argument(help="A sources file with sources of `reader: cases`.")] = None,
+    preset: Preset = None,
+    data: Data = None,
     seed: Seed = None,
     strict: Annotated[bool, typer.Option(help="Stop on any error instead of leaving out what it concerns.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build the instruct dataset folder from clinical cases in JSONL.
+    """Build the instruct dataset folder from clinical cases in JSONL, JSON lists or parquet.
+
+    A prompt that names the condition it asks for is reported and repaired: `diagnosis_in_prompt` of its source says
+    how, `drop` unless stated.
 
     Example: `dentalgemma build-instruct cases.yaml --out data/instruct`
+
+    Example: `dentalgemma build-instruct --preset dentalgemma_instruct --data downloads --out data/instruct`
     """
     from data_builders.instruct import build_instruct as run_build
+
+    report = run_build(_load(sources, preset, data), out, seed=seed, strict=strict)
+    _print_build(report, out, as_json=as_json)
+
+
+def _load(sources: Path | None, preset: list[str] | None, data: Path | None) -> SourcesFile:
+    """The sources file that a command is to build from: the user's own, or a preset."""
+    from data_builders.presets import load_preset
     from data_builders.sources import load_sources
 
-    report = run_build(load_sources(sources), out, seed=seed, strict=strict)
-    _print_build(report, out, as_json=as_json)
+    if (sources is None) == (not preset):
+        raise InputError("name either a sources file, or a --preset with --data; `--preset list` shows the presets")
+    if sources is not None:
+        return load_sources(sources)
+    if data is None:
+        raise InputError(f"--preset {' --preset '.join(preset or ())} needs --data, the folder with the downloads")
+    return load_preset(preset or (), data)
 
 
 def _print_build(report: dict, out: Path, *, as_json: bool) -> None:
@@ -163,10 +268,13 @@ def _print_build(report: dict, out: Path, *, as_json: bool) -> None:
             out_console.print(f"[yellow]source {source['name']} gave no rows", soft_wrap=True)
     for split in report.get("empty_splits", ()):
         out_console.print(f"[yellow]split {split} is empty: there are too few groups", soft_wrap=True)
-    for code, count in report["problem_counts"].items():
-        out_console.print(f"  {count} x {code}")
-    if report["problem_counts"]:
-        out_console.print("`dentalgemma audit` shows each problem with file and line.")
+    if "problems" in report:
+        _print_problems(Problem(**problem) for problem in report["problems"])
+    else:
+        for code, count in report["problem_counts"].items():
+            out_console.print(f"  {count} x {code}")
+        if report["problem_counts"]:
+            out_console.print("`dentalgemma audit` shows each problem with file and line.")
     out_console.print(f"Wrote {out}", soft_wrap=True)
 
 
@@ -356,6 +464,80 @@ def env(as_json: AsJson = False) -> None:
 
     facts = describe_environment()
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+
+
+@app.command("export-yolo")
+def export_yolo(
+    sources: Annotated[Path, typer.Argument(help="A sources file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    task: Annotated[
+        Literal["detect", "segment", "obb"], typer.Option(help="Boxes, outlines, or oriented boxes.")
+    ] = "detect",
+    classes: Annotated[
+        Literal["label", "tooth"], typer.Option(help="Classes are what was found, or the tooth it was found on.")
+    ] = "label",
+    seed: Seed = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Write the sources as a dataset that Ultralytics trains a detector on, split by group.
+
+    Example: `dentalgemma export-yolo sources.yaml --out data/yolo --task obb`
+    """
+    from data_builders.sources import load_sources
+    from data_builders.yolo_export import export_yolo as run_export
+
+    loaded = load_sources(sources)
+    report, problems = run_export(
+        loaded, out, task=task, classes=classes, seed=seed, workers=workers, progress=not as_json
+    )
+    if as_json:
+        listed = [{**asdict(problem), "path": str(problem.path)} for problem in problems]
+        typer.echo(json.dumps({**report, "problems": listed}, indent=2, ensure_ascii=False))
+        return
+    for split, counts in report["splits"].items():
+        without = f", {counts['negatives']} of them without any" if counts["negatives"] else ""
+        out_console.print(f"{split}: {counts['findings']} findings on {counts['images']} images{without}")
+    for split in report["empty_splits"]:
+        out_console.print(f"[yellow]split {split} is empty: there are too few groups", soft_wrap=True)
+    _print_problems(problems)
+    out_console.print(f"Wrote {out}; train with data={out / 'data.yaml'}", soft_wrap=True)
+
+
+@app.command()
+def detect(
+    weights: Annotated[Path, typer.Argument(help="A trained Ultralytics model (.pt): a pickle, so one you trust.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images that nobody labelled.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; a started one is completed.")],
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="Boxes below it are left out.")] = 0.25,
+    modality: Annotated[Modality | None, typer.Option(help="What the images are, for the sources file.")] = None,
+    model_license: Annotated[str | None, typer.Option(help="Licence of the weights, to be noted beside.")] = None,
+) -> None:
+    """Look for findings with a trained detector; its boxes become a source of `origin: model`.
+
+    Needs `pip install "dentalgemma[yolo]"`. Ultralytics and the models it publishes are under AGPL-3.0, which asks more
+    of you than this toolkit's own licence.
+
+    Example: `dentalgemma detect best.pt unlabelled --out detected --confidence 0.25 --model-license AGPL-3.0`
+    """
+    from data_builders.yolo_detect import detect as run_detect
+
+    found = run_detect(weights, images, out, confidence=confidence, modality=modality, model_license=model_license)
+    _print_problems(found.problems)
+    before = f"; {found.done_before} images were done before" if found.done_before else ""
+    out_console.print(f"{found.boxes} boxes on {found.images} images{before}", soft_wrap=True)
+    out_console.print(f"Say in {out / 'sources.yaml'} what each class means, then build from it", soft_wrap=True)
+
+
+def _print_problems(problems: Iterable[Problem]) -> None:
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        counts[problem.code] += 1
+        if counts[problem.code] <= SHOWN_PER_CODE:
+            out_console.print(f"  {problem.severity}: {problem}", markup=False, highlight=False, soft_wrap=True)
+    for code, count in counts.items():
+        if count > SHOWN_PER_CODE:
+            out_console.print(f"  … {count} problems of the kind {code}")
 
 
 def main() -> None:

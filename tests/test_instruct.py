@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections import defaultdict
 from itertools import combinations
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from data_builders.chat import SYSTEM_PROMPT
 from data_builders.claims import claims_from_json
 from data_builders.dataset_folder import BuildError
-from data_builders.instruct import NEAR_DUPLICATE, build_instruct, find_near_duplicates
+from data_builders.instruct import build_instruct
+from data_builders.near_duplicates import NEAR_DUPLICATE, find_near_duplicates
 from data_builders.phantom_cases import DISEASES, make_cases, write_cases
 from data_builders.readers.cases import Case, read_cases
 from data_builders.records import Problem
@@ -236,7 +238,8 @@ def test_a_file_outside_the_source_is_never_read(tmp_path):
     (inside / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
 
     assert [problem.code for problem in read(inside)[1]] == ["unsafe_path"]
-    assert [problem.code for problem in read(inside, annotations="../a.jsonl")[1]] == ["unsafe_path"]
+    with pytest.raises(ValueError, match="not a path below"):
+        Source(name="s", reader="cases", root=inside, annotations="../a.jsonl")
 
 
 JSON = st.recursive(
@@ -394,21 +397,177 @@ def test_an_empty_system_prompt_is_left_out(tmp_path):
     assert [turn["role"] for turn in read_built(tmp_path / "out")[0]["prompt"]] == ["user"]
 
 
+FINDINGS = "Findings: cold pain lasts over a minute, deep hole near the pulp."
+
+
 @pytest.mark.parametrize(
     ("question", "condition", "named"),
     [
         ("PATIENT: Irreversible-Pulpitis, 34 years.", "irreversible_pulpitis", True),
         ("A case of dental caries.", "Dental caries (K02.9)", True),
         ("Pulpitis was ruled out.", "irreversible pulpitis", False),
-        ("Periodontitises of old.", "periodontitis", False),
+        ("Subperiodontitis of old.", "periodontitis", False),
         ("Tooth 36 hurts.", "36", False),
     ],
 )
-def test_a_prompt_that_names_the_condition_is_reported(tmp_path, question, condition, named):
-    report = build_instruct(make_sources(tmp_path, [make_case(question, condition=condition)]), tmp_path / "out")
+def test_a_prompt_that_names_the_condition_is_reported_with_its_line(tmp_path, question, condition, named):
+    case = make_case(f"{question}\n{FINDINGS}", condition=condition)
+    report = build_instruct(make_sources(tmp_path, [make_case("Pain on biting."), case]), tmp_path / "out")
+    found = [problem for problem in report["problems"] if problem["code"] == "answer_in_prompt"]
 
-    assert ("answer_in_prompt" in report["problem_counts"]) == named
-    assert report["splits"]["train"]["rows"] == 1
+    assert [(problem["path"], problem["line"]) for problem in found] == [(str(tmp_path / "cases/a.jsonl"), 2)] * named
+    assert report["splits"]["train"]["rows"] + report["splits"].get("test", {"rows": 0})["rows"] == 2
+
+
+def in_the_form_of_the_hub(case, number):
+    """A made-up case with the diagnosis in the line PATIENT and nowhere else, as the public instruct cases have it."""
+    user, assistant = case["messages"]
+    head = f"Please evaluate this dental patient:\n\nPATIENT: {case['condition'].title()}\nAGE: {20 + number % 60}"
+    system = {"role": "system", "content": "You are an expert dental clinician."}
+    return {"messages": [system, {**user, "content": f"{head}\n\n{user['content']}"}, assistant]}
+
+
+def letters(text):
+    """A text's letters alone, small and without accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text).casefold() if c.isalpha())
+
+
+@pytest.mark.parametrize("treatment", ["drop", "mask", "keep"])
+def test_the_line_with_the_diagnosis_is_dropped_masked_or_kept(tmp_path, treatment):
+    cases = [in_the_form_of_the_hub(case, n) for n, case in enumerate(make_cases(160, seed=1))]
+    make_sources(tmp_path, cases)
+    keys = f"reader: cases, root: cases, condition_line: PATIENT, diagnosis_in_prompt: {treatment}"
+    (tmp_path / "sources.yaml").write_text(f"sources: [{{name: s, {keys}}}]")
+
+    report = build_instruct(load_sources(tmp_path / "sources.yaml"), tmp_path / "out")
+
+    prompts = [row["prompt"][-1]["content"] for row in read_built(tmp_path / "out")]
+    naming = [text for text in prompts if any(letters(disease.name) in letters(text) for disease in DISEASES)]
+    treated = {"drop": "dropped", "mask": "masked", "keep": "kept"}[treatment]
+    assert len(prompts) == 160
+    assert len(naming) == (160 if treatment == "keep" else 0)
+    assert sum("PATIENT: [condition]\n" in text for text in prompts) == (160 if treatment == "mask" else 0)
+    assert all("AGE: " in text and "Complaint: " in text for text in prompts)
+    assert report["problem_counts"]["answer_in_prompt"] == 160
+    assert report["diagnosis_in_prompt"] == {"dropped": 0, "masked": 0, "kept": 0, treated: 160}
+    assert set(report["conditions"]) == {disease.name for disease in DISEASES}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "160 cases named their condition in the prompt." in card
+    assert f"{160 if treatment == 'keep' else 0} rows name it still." in card
+
+
+def test_a_case_is_called_the_same_whatever_is_done_with_its_prompt(tmp_path):
+    cases = [in_the_form_of_the_hub(case, n) for n, case in enumerate(make_cases(24, seed=1))]
+    make_sources(tmp_path, cases)
+    for treatment in ("drop", "mask", "keep"):
+        keys = f"reader: cases, root: cases, condition_line: PATIENT, diagnosis_in_prompt: {treatment}"
+        (tmp_path / "sources.yaml").write_text(f"sources: [{{name: s, {keys}}}]")
+        build_instruct(load_sources(tmp_path / "sources.yaml"), tmp_path / treatment)
+    ids = [{row["row_id"] for row in read_built(tmp_path / treatment)} for treatment in ("drop", "mask", "keep")]
+
+    assert ids[0] == ids[1] == ids[2]
+    assert len(ids[0]) == 24
+
+
+@pytest.mark.parametrize(("treatment", "groups"), [("keep", 2), ("drop", 1)])
+def test_cases_are_grouped_by_what_their_prompts_say_in_the_end(tmp_path, treatment, groups):
+    story = "Pain on cold drinks since a month in the upper jaw"
+    long_name = "very rare congenital enamel defect of the deciduous second upper molar"
+    make_sources(
+        tmp_path,
+        [make_case(f"{story}, worse when chewing."), make_case(f"{story}. It is {long_name}.", "a", long_name)],
+    )
+    keys = f"reader: cases, root: cases, diagnosis_in_prompt: {treatment}"
+    (tmp_path / "sources.yaml").write_text(f"sources: [{{name: s, {keys}}}]")
+
+    build_instruct(load_sources(tmp_path / "sources.yaml"), tmp_path / "out")
+
+    assert len({row["group_id"] for row in read_built(tmp_path / "out")}) == groups
+
+
+def test_a_case_with_nothing_but_the_diagnosis_is_left_out_and_counted(tmp_path):
+    cases = [make_case("What is the treatment of dental caries?", condition="Dental caries"), make_case(FINDINGS)]
+
+    report = build_instruct(make_sources(tmp_path, cases), tmp_path / "out")
+
+    assert report["problem_counts"]["nothing_left_to_ask"] == 1
+    assert [row["prompt"][-1]["content"] for row in read_built(tmp_path / "out")] == [FINDINGS]
+    assert "1 cases asked nothing without it and were left out." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_cases_that_only_their_diagnosis_told_apart_cannot_be_answered_without_it(tmp_path):
+    text = "Male, 40 years, comes with {}. He smokes and takes no tablets."
+    cases = [make_case(text.format(name), f"Assessment: {name}.", name) for name in ("pulpitis", "gingivitis")]
+    sources = make_sources(tmp_path, [*cases, make_case(FINDINGS)])
+
+    report = build_instruct(sources, tmp_path / "out")
+
+    assert report["problem_counts"]["nothing_left_to_ask"] == 2
+    assert len(read_built(tmp_path / "out")) == 1
+
+
+def test_further_names_of_a_condition_are_those_that_the_source_lists(tmp_path):
+    case = make_case(f"PATIENT: tooth decay, 40 years.\n{FINDINGS}", condition="Dental caries")
+    make_sources(tmp_path, [case])
+    for extra, named in (("", 0), (", synonyms: {dental_caries: [tooth decay], pulpits: [x]}", 1)):
+        (tmp_path / "sources.yaml").write_text(f"sources: [{{name: s, reader: cases, root: cases{extra}}}]")
+        report = build_instruct(load_sources(tmp_path / "sources.yaml"), tmp_path / "out")
+
+        assert report["problem_counts"].get("answer_in_prompt", 0) == named
+        assert report["problem_counts"].get("unused_synonyms", 0) == named
+
+
+def test_a_case_without_the_line_that_should_hold_its_condition_is_said(tmp_path):
+    cases, problems = read_lines(
+        tmp_path,
+        {"question": f"**Patient:** Pulpitis \n{FINDINGS}", "answer": ANSWER},
+        {"question": FINDINGS, "answer": ANSWER},
+        condition_line="PATIENT",
+    )
+
+    assert [case.condition for case in cases] == ["Pulpitis", None]
+    assert [(problem.code, problem.line) for problem in problems] == [("condition_missing", 2)]
+
+
+def test_personal_data_are_reported_by_kind_and_never_repeated(tmp_path):
+    cases = [make_case(FINDINGS), make_case("Mail jane.roe@clinic.example, MRN 0042917, about pain on biting.")]
+    sources = make_sources(tmp_path, cases)
+    report = build_instruct(sources, tmp_path / "out")
+    (problem,) = (problem for problem in report["problems"] if problem["code"] == "pii")
+
+    assert (problem["path"], problem["line"]) == (str(tmp_path / "cases/a.jsonl"), 2)
+    assert "e-mail address, record number" in problem["message"]
+    assert not any(value in json.dumps(report) for value in ("jane", "0042917"))
+    assert "signs of personal data in 1 cases" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_search_for_personal_data_can_be_turned_off(tmp_path):
+    make_sources(tmp_path, [make_case("Mail jane.roe@clinic.example about pain on biting.")])
+    (tmp_path / "sources.yaml").write_text("sources: [{name: s, reader: cases, root: cases, pii: off}]")
+    report = build_instruct(load_sources(tmp_path / "sources.yaml"), tmp_path / "out")
+
+    assert "pii" not in report["problem_counts"]
+    assert "Not searched: s." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_report_tells_lengths_conditions_and_repeated_answers(tmp_path):
+    cases = [make_case(f"pain {word} now", "two words", "a") for word in ("left", "right", "here")]
+    cases += [make_case("pain is there all the time", "three words now", "b")]
+    sources = make_sources(tmp_path, cases, more="split: {train: 1, validation: 0, test: 0}")
+
+    report = build_instruct(sources, tmp_path / "out")
+
+    assert report["statistics"] == {
+        "train": {
+            "cases": 4,
+            "conditions": 2,
+            "without_condition": 0,
+            "median_prompt_words": 3,
+            "median_answer_words": 2,
+            "unique_answers": 0.25,
+        }
+    }
+    assert "| train | 4 | 2 | 3 | 2 | 25.0% |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_case_with_one_word_changed_is_in_the_split_of_its_original(tmp_path):

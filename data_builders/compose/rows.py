@@ -120,7 +120,7 @@ def balance(items: Sequence[Drafted], *, cap: float = 0.5) -> Balanced:
 
     "Yes" and "no" are made equally many for every condition of a source and language; of every other question no answer
     keeps more than the share `cap` of the rows, and one that always has the same answer goes. Which rows stay is
-    decided by their ids. With `cap` 1 only the yes/no questions are balanced.
+    decided by what they state, the same in every language. With `cap` 1 only the yes/no questions are balanced.
     """
     by_question: dict[tuple, dict[object, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row, pair in items:
@@ -137,7 +137,7 @@ def balance(items: Sequence[Drafted], *, cap: float = 0.5) -> Balanced:
         else:
             most = _most_of_one([len(rows) for rows in answers.values()], cap)
         for rows in answers.values():
-            kept += sorted(rows, key=lambda row: row["row_id"])[:most]
+            kept += sorted(rows, key=_order)[:most]
         guessed[question[0]] += min(most, max(map(len, answers.values())))
     asked = Counter(row["question_type"] for row, _ in items)
     left = Counter(row["question_type"] for row in kept)
@@ -146,6 +146,12 @@ def balance(items: Sequence[Drafted], *, cap: float = 0.5) -> Balanced:
         {name: asked[name] - left[name] for name in sorted(asked) if asked[name] > left[name]},
         {name: guessed[name] / left[name] for name in sorted(left)},
     )
+
+
+def _order(row: Row) -> str:
+    """A seemingly random order of rows which does not depend on the language, so that each language keeps the same."""
+    key = "/".join((row["source"], row["image_id"] or "", row["question_type"], row["claims"]))
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _most_of_one(counts: Iterable[int], cap: float) -> int:

@@ -1,0 +1,108 @@
+"""The card of an instruct dataset, rendered from its build report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from data_builders.dataset_card import escape_markdown, link
+from data_builders.dataset_folder import write_card
+from data_builders.licences import combine_terms
+
+
+def write_instruct_card(folder: Path, report: Mapping, *, language: str) -> None:
+    """Write `README.md` with metadata for the Hub."""
+    terms = combine_terms({source["name"]: source["license"] for source in report["sources"] if source["rows"]})
+    link_to = {"license": "other", "license_name": "per-source", "license_link": "#sources-and-licences"}
+    parts = ("# Dental instruct dataset", *_contents(report), *_licences(report, terms.rules), *_limits(report))
+    write_card(
+        folder,
+        "\n\n".join(parts) + "\n",
+        report["splits"],
+        with_images=False,
+        language=[language],
+        task_categories=["text-generation"],
+        tags=["dental", "medical", "instruct", "dentalgemma"],
+        **({"license": terms.hub_id} if terms.hub_id else link_to),
+    )
+
+
+def _contents(report: Mapping) -> Iterator[str]:
+    yield (
+        "Clinical cases as chat, for training on text alone. Made with DentalGemma; `cases.jsonl` tells which line of "
+        "which source each row comes from and which condition it is about."
+    )
+    yield "\n".join(
+        [
+            "| split | rows | conditions | words of a prompt | words of an answer | answers that stand once |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {split} | {own['cases']} | {own['conditions']} | {own['median_prompt_words']:g} | "
+                f"{own['median_answer_words']:g} | {own['unique_answers']:.1%} |"
+                for split, own in report["statistics"].items()
+            ),
+        ]
+    )
+    yield (
+        "Words are medians. Exact duplicates are kept once. Cases whose prompts share "
+        f"{report['groups']['near_duplicate']:.0%} of their word triples or more lie in one split."
+    )
+    yield "## Conditions"
+    yield "\n".join(
+        [
+            "| condition | train | validation | test |",
+            "| --- | ---: | ---: | ---: |",
+            *(
+                f"| {escape_markdown(name)} | {' | '.join(map(str, counts.values()))} |"
+                for name, counts in report["conditions"].items()
+            ),
+        ]
+    )
+    yield "## The diagnosis in the prompt"
+    yield " ".join(_describe_repairs(report))
+
+
+def _describe_repairs(report: Mapping) -> Iterator[str]:
+    counts, done = report["problem_counts"], report["diagnosis_in_prompt"]
+    yield f"{counts.get('answer_in_prompt', 0)} cases named their condition in the prompt."
+    if done["dropped"]:
+        yield f"In {done['dropped']} rows what names it was taken out."
+    if done["masked"]:
+        yield f"In {done['masked']} rows its name was masked."
+    if left_out := counts.get("nothing_left_to_ask", 0):
+        yield f"{left_out} cases asked nothing without it and were left out."
+    yield f"{done['kept']} rows name it still."
+    if unknown := sum(own["without_condition"] for own in report["statistics"].values()):
+        yield f"{unknown} rows state no condition, so that nobody can tell."
+
+
+def _licences(report: Mapping, rules: tuple) -> Iterator[str]:
+    yield "## Sources and licences"
+    yield "\n".join(
+        [
+            "| source | cases read | rows | licence | from |",
+            "| --- | ---: | ---: | --- | --- |",
+            *(
+                f"| {escape_markdown(source['name'])} | {source['cases']} | {source['rows']} | "
+                f"{escape_markdown(source['license'] or 'not stated')} | {link(source['url'])} |"
+                for source in report["sources"]
+            ),
+        ]
+    )
+    yield "The rows of each source stay under that source's licence."
+    if rules:
+        yield "\n".join(f"- **{rule.title}**: {escape_markdown(rule.text)}" for rule in rules)
+
+
+def _limits(report: Mapping) -> Iterator[str]:
+    yield "## Limits"
+    unsearched = [source["name"] for source in report["sources"] if source["pii"] == "off"]
+    found = report["problem_counts"].get("pii", 0)
+    sentences = [
+        "The answers are the sources' own; nobody checked them. Not for diagnosis; for research and education.",
+        "Near synonyms of a condition are known only where the sources file lists them.",
+        f"A search with light patterns found signs of personal data in {found} cases; it proves no absence.",
+        *([f"Not searched: {', '.join(map(escape_markdown, unsearched))}."] if unsearched else []),
+    ]
+    yield " ".join(sentences)
+    yield f"Built from `{report['sources_file']}` with seed {report['seed']}."

@@ -11,22 +11,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from data_builders.audit import SourceContent, count_problems, pick_unique, read_sources
+from data_builders.audit import SourceContent, count_problems, find_alike, pick_unique, read_sources
 from data_builders.chat import SPLITS, Row
 from data_builders.claims import place_findings
-from data_builders.compose.questions import Pair
-from data_builders.compose.rows import balance, compose_rows
+from data_builders.compose.rows import Balanced, Drafted, balance, compose_rows
+from data_builders.dataset_card import write_vqa_card
 from data_builders.dataset_folder import (
     BuildError,
+    File,
+    check_replaceable,
     new_folder,
     stop_on,
-    write_card,
     write_jsonl,
     write_report,
     write_rows,
 )
+from data_builders.gallery import write_gallery
 from data_builders.images import read_stored
-from data_builders.records import ImageRecord
+from data_builders.licences import combine_terms
+from data_builders.records import ImageRecord, Problem, Split
 from data_builders.sources import Source, SourcesFile, Vocabulary
 from data_builders.splits import group_records, split_groups
 
@@ -40,64 +43,110 @@ def build_vqa(
     seed: int | None = None,
     workers: int = 2,
     strict: bool = False,
+    gallery: int = 200,
     progress: bool = True,
 ) -> dict:
-    """Build the dataset folder `out` and return its build report.
+    """Build the dataset folder `out` and return its build report, to which the list of `problems` is added.
 
-    Findings and images with a problem are left out and counted; with `strict` any error stops the build instead.
+    Findings and images with a problem are left out and counted; with `strict` any error stops the build instead. The
+    report in the folder holds counts alone, since the paths of problems may name patients. `gallery` is how many
+    images its page shows at most; 0 for none.
 
     Raises:
         BuildError: when a label is outside the class map, when nothing is left to build, or, with `strict`, on errors.
     """
+    check_replaceable(out)
     seed = sources_file.seed if seed is None else seed
+    contents, records = _read_usable(sources_file, workers=workers, strict=strict, progress=progress)
+    sources = {source.name: source for source in sources_file.sources}
+    records = _with_groups(records, sources, sources_file.terms(), alike=find_alike(contents))
+    composed = _compose_all(records, sources_file, sources, seed, progress=progress)
+    splits, kept = _split_and_balance(composed, sources_file, seed)
+    rows = {split: own.rows for split, own in kept.items()}
+    pictures = Pictures(records)
+    with new_folder(out) as folder:
+        written = write_rows(folder, rows, pictures.read, workers=workers, progress=progress)
+        documents = list(_records((record for record, _ in composed), splits))
+        write_jsonl(folder / "records.jsonl", documents)
+        if sources_file.vocabulary:
+            shutil.copyfile(sources_file.vocabulary, folder / "vocabulary.yaml")
+        vocabulary = sources_file.terms()
+        if gallery:
+            write_gallery(folder, rows, documents, pictures.read, vocabulary=vocabulary, limit=gallery, seed=seed)
+        problems = {c.source.name: [*c.problems, *pictures.problems(c.source.name)] for c in contents}
+        report = _report(contents, problems, rows, documents, written) | {"seed": seed}
+        report["dropped_by_balance"] = {split: dict(own.dropped) for split, own in kept.items()}
+        report["majority_answer_baseline"] = {split: dict(kept[split].baselines) for split in written}
+        report["empty_splits"] = [s for s in SPLITS if getattr(sources_file.split, s) and s not in written]
+        write_vqa_card(folder, report, rows, vocabulary=vocabulary, languages=sources_file.languages)
+        write_report(folder, report)
+    return report | {"problems": [_describe(problem) for own in problems.values() for problem in own]}
+
+
+def _read_usable(
+    sources_file: SourcesFile, *, workers: int, strict: bool, progress: bool
+) -> tuple[list[SourceContent], list[ImageRecord]]:
+    """What the sources hold, and the images of it that can be built."""
     contents = read_sources(sources_file, workers=workers, progress=progress)
     problems = [problem for content in contents for problem in content.problems]
     stop_on([p for p in problems if p.code in BLOCKING or (strict and p.severity == "error")])
     records = [record for content in contents for record in pick_unique(content.records)[0]]
     if not records:
         raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
-    sources = {source.name: source for source in sources_file.sources}
-    records = _with_groups(records, sources, sources_file.terms())
-    composed = _compose_all(records, sources_file, sources, seed, progress=progress)
+    return contents, records
+
+
+def _split_and_balance(
+    composed: Sequence[tuple[ImageRecord, list[Drafted]]], sources_file: SourcesFile, seed: int
+) -> tuple[dict[str, Split], dict[str, Balanced]]:
+    """The split of each group, and the rows that stay in each split."""
     splits = split_groups(
         [record.group_id for record, _ in composed],
         [record.source for record, _ in composed],
         shares=sources_file.split,
         seed=seed,
     )
-    by_split: dict[str, list[tuple[Row, Pair]]] = {split: [] for split in SPLITS}
+    by_split: dict[str, list[Drafted]] = {split: [] for split in SPLITS}
     for record, rows in composed:
         by_split[splits[record.group_id]] += rows
-    balanced = {split: balance(items) for split, items in by_split.items()}
-    if not any(balanced.values()):
+    kept = {split: balance(items, cap=sources_file.questions.cap) for split, items in by_split.items()}
+    if not any(own.rows for own in kept.values()):
         raise BuildError(f"{sources_file.path}: the annotations support no question; run `dentalgemma audit`")
-    paths = {record.image_id: record.path for record in reversed(records)}
-    with new_folder(out) as folder:
-        written = write_rows(folder, balanced, lambda image_id: _read_image(image_id, paths[image_id]))
-        write_jsonl(folder / "records.jsonl", _records((record for record, _ in composed), splits))
-        if sources_file.vocabulary:
-            shutil.copyfile(sources_file.vocabulary, folder / "vocabulary.yaml")
-        report = _report(contents, balanced, written, seed)
-        report["empty_splits"] = [s for s in SPLITS if getattr(sources_file.split, s) and s not in written]
-        body = _card(report, sources_file)
-        write_card(
-            folder,
-            body,
-            written,
-            with_images=True,
-            language=list(sources_file.languages),
-            task_categories=["image-text-to-text"],
-            tags=["dental", "medical", "vqa", "dentalgemma"],
-            license="other",
-            license_name="per-source",
-            license_link="#sources-and-licences",
-        )
-        write_report(folder, report)
-    return report
+    return splits, kept
+
+
+class Pictures:
+    """The image files of a build, read by image id; remembers which ones their metadata turned."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        self._records = {record.image_id: record for record in reversed(records)}  # the first source's, if several
+        self._turned: set[str] = set()
+
+    def read(self, image_id: str) -> File:
+        """Name and content as they are stored."""
+        stored = read_stored(self._records[image_id].path)
+        if stored.turned:
+            self._turned.add(image_id)
+        return f"{image_id[:16]}{stored.suffix}", stored.content
+
+    def problems(self, source: str) -> Iterator[Problem]:
+        """A note on every picture of a source that could not keep its own bytes since its metadata turned it."""
+        for image_id in sorted(self._turned):
+            record = self._records[image_id]
+            if record.source == source:
+                message = (
+                    "is turned by its metadata, so it is stored as a larger PNG of what is displayed; to keep its own "
+                    "bytes, turn it without loss first, for example with `jpegtran -rotate`"
+                )
+                yield Problem("orientation_baked", "info", record.path, None, message)
 
 
 def _with_groups(
-    records: Sequence[ImageRecord], sources: Mapping[str, Source], vocabulary: Vocabulary
+    records: Sequence[ImageRecord],
+    sources: Mapping[str, Source],
+    vocabulary: Vocabulary,
+    *,
+    alike: Iterable[tuple[str, str]],
 ) -> list[ImageRecord]:
     """Give each record its group and finding ids without file names.
 
@@ -106,7 +155,7 @@ def _with_groups(
     """
     shown = _shown_labels(records)
     ready = []
-    for record, group_id in zip(records, group_records(records, sources), strict=True):
+    for record, group_id in zip(records, group_records(records, sources, alike), strict=True):
         own = {finding.label for finding in record.findings}
         elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
         not_free_of = {name for label in own | elsewhere for name in vocabulary[label].not_free_of} - own
@@ -134,7 +183,7 @@ def _compose_all(
     seed: int,
     *,
     progress: bool,
-) -> list[tuple[ImageRecord, list[tuple[Row, Pair]]]]:
+) -> list[tuple[ImageRecord, list[Drafted]]]:
     """The images that something is asked about, with their rows; others must not take a place in a split."""
     shown = _shown_labels(records)
     composed = []
@@ -144,11 +193,6 @@ def _compose_all(
         if rows:
             composed.append((record, rows))
     return composed
-
-
-def _read_image(image_id: str, path: Path) -> tuple[str, bytes]:
-    suffix, content = read_stored(path)
-    return f"{image_id[:16]}{suffix}", content
 
 
 def _records(records: Iterable[ImageRecord], splits: Mapping[str, str]) -> Iterator[dict]:
@@ -175,79 +219,61 @@ def _records(records: Iterable[ImageRecord], splits: Mapping[str, str]) -> Itera
 
 def _report(
     contents: Sequence[SourceContent],
+    problems: Mapping[str, Sequence[Problem]],
     rows: Mapping[str, Sequence[Row]],
+    documents: Sequence[Mapping],
     written: Mapping[str, Mapping[str, int]],
-    seed: int,
 ) -> dict:
-    all_rows = [row for split_rows in rows.values() for row in split_rows]
-    sources = []
-    for content in contents:
-        own = [row for row in all_rows if row["source"] == content.source.name]
-        sources.append(
-            {
-                "name": content.source.name,
-                "reader": content.source.reader,
-                "license": content.source.license,
-                "url": content.source.url,
-                "modality": content.source.modality,
-                "patients": "by file name" if content.source.group else "unknown",
-                "images_read": len(content.records),
-                "images_built": len({row["image_id"] for row in own}),
-                "rows": len(own),
-                "problem_counts": count_problems(content.problems),
-            }
-        )
-    problems = [problem for content in contents for problem in content.problems]
+    """What was built, in numbers: no file names, which may be those of patients."""
+    own_rows: dict[str, list[Row]] = defaultdict(list)
+    types: dict[str, Counter[str]] = defaultdict(Counter)
+    for split, split_rows in rows.items():
+        for row in split_rows:
+            own_rows[row["source"]].append(row)
+            types[row["question_type"]][split] += 1
+    sources = [
+        {
+            "name": source.name,
+            "reader": source.reader,
+            "license": source.license,
+            "url": source.url,
+            "modality": source.modality,
+            "origin": source.origin,
+            "patients": "by file name" if source.group else "unknown",
+            "images_read": len(content.records),
+            "images_built": len({row["image_id"] for row in own_rows[source.name]}),
+            "rows": len(own_rows[source.name]),
+            "problem_counts": count_problems(problems[source.name]),
+        }
+        for content in contents
+        for source in [content.source]
+    ]
+    asked = {(row["source"], row["image_id"]) for own in own_rows.values() for row in own}
+    all_problems = [problem for own in problems.values() for problem in own]
+    terms = combine_terms({source["name"]: source["license"] for source in sources if source["rows"]})
     return {
-        "seed": seed,
         "splits": dict(written),
         "sources": sources,
-        "question_types": dict(sorted(Counter(row["question_type"] for row in all_rows).items())),
-        "problem_counts": count_problems(problems),
-        "severities": dict(sorted(Counter(problem.severity for problem in problems).items())),
+        "terms": terms.verdict,
+        "findings": _count_findings(d for d in documents if (d["source"], d["image_id"]) in asked),
+        "question_types": {name: counts.total() for name, counts in sorted(types.items())},
+        "question_types_by_split": {name: dict(counts) for name, counts in sorted(types.items())},
+        "problem_counts": count_problems(all_problems),
+        "severities": dict(sorted(Counter(problem.severity for problem in all_problems).items())),
     }
 
 
-def _card(report: Mapping, sources_file: SourcesFile) -> str:
-    lines = [
-        "# Dental VQA dataset",
-        "",
-        "Questions and answers on dental images, composed from annotations with "
-        "[DentalGemma](https://github.com/dentalgemma/dentalgemma). Every statement of an answer is worded from a "
-        "claim in the column `claims`, which names the annotations behind it; `records.jsonl` holds those.",
-        "",
-        "| split | rows | images |",
-        "| --- | ---: | ---: |",
-        *(f"| {split} | {counts['rows']} | {counts['images']} |" for split, counts in report["splits"].items()),
-        "",
-        "No identical picture and no original behind augmented copies lies in two splits; no patient either, where the "
-        "column *patients* says how file names tell them.",
-        "",
-        "## Sources and licences",
-        "",
-        "| source | format | images | rows | patients | licence |",
-        "| --- | --- | ---: | ---: | --- | --- |",
-    ]
-    for source in report["sources"]:
-        licence = source["license"] or "not stated"
-        lines.append(
-            f"| {source['name']} | {source['reader']} | {source['images_built']} | {source['rows']} "
-            f"| {source['patients']} | {licence} |"
-        )
-    lines += [
-        "",
-        "The rows of each source stay under that source's licence. A licence that is not stated grants nothing.",
-        "",
-        "## Question types",
-        "",
-        *(f"- `{name}`: {count}" for name, count in report["question_types"].items()),
-        "",
-        "## Limits",
-        "",
-        'Answers say what was annotated, no more: "no sign of" appears only for conditions that the source annotates '
-        "exhaustively. Regions of a panoramic are derived from where a box lies and are approximate near their "
-        "borders. Not for diagnosis; for research and education.",
-        "",
-        f"Built from `{sources_file.path.name}` with seed {report['seed']}.",
-    ]
-    return "\n".join(lines) + "\n"
+def _count_findings(documents: Iterable[Mapping]) -> dict[str, dict[str, dict[str, int]]]:
+    """Images and findings of every label in every split."""
+    counts: dict[str, dict[str, dict[str, int]]] = defaultdict(
+        lambda: defaultdict(lambda: {"images": 0, "findings": 0})
+    )
+    for document in documents:
+        for label, number in Counter(finding["label"] for finding in document["findings"]).items():
+            counts[label][document["split"]]["images"] += 1
+            counts[label][document["split"]]["findings"] += number
+    return {label: dict(by_split) for label, by_split in sorted(counts.items())}
+
+
+def _describe(problem: Problem) -> dict:
+    return {**asdict(problem), "path": str(problem.path)}

@@ -13,11 +13,15 @@ from datasets import load_dataset
 from PIL import Image
 
 from data_builders.audit import audit
-from data_builders.claims import Claim, Placed, check_claims, claims_from_json
+from data_builders.claims import claims_from_json
 from data_builders.dataset_folder import BuildError
-from data_builders.records import Finding
-from data_builders.sources import SourcesError, load_sources
+from data_builders.proof import check_row
+from data_builders.records import record_from_json
+from data_builders.sources import SourcesError, load_sources, load_vocabulary
 from data_builders.vqa import build_vqa
+
+HEAD = "questions: {cap: 1}\nsources:\n"
+ABOUT_FINDINGS = "families: [diagnosis, findings, location, presence, structured_report]\n"
 
 
 def build(sources, out, **options):
@@ -39,8 +43,9 @@ def yolo_source(folder, lines, *, extra=""):
         (folder / "labels").mkdir(exist_ok=True)
         Image.new("L", (40, 20), 60 * number).save(folder / "images" / f"p{number}.png")
         (folder / "labels" / f"p{number}.txt").write_text(lines)
+    # Three pictures with the same answer are no test of balancing: the cap is lifted.
     text = (
-        f"sources:\n  - {{name: s, reader: yolo, root: ., modality: panoramic, "
+        f"{HEAD}  - {{name: s, reader: yolo, root: ., modality: panoramic, "
         f"classes: {{0: caries, 1: infection}}, exhaustive: [caries, infection]{extra}}}\n"
     )
     (folder / "sources.yaml").write_text(text)
@@ -56,7 +61,7 @@ def test_the_folder_loads_as_datasets_and_trl_expect(vqa_dataset):
     assert [message["role"] for message in row["completion"]] == ["assistant"]
     assert row["images"][0].size == (448, 224)
     assert row["license"] == "Apache-2.0"
-    assert json.loads(row["claims"])["schema_version"] == 1
+    assert json.loads(row["claims"])["schema_version"] == 2
 
 
 @pytest.mark.parametrize(("hash_seed", "workers"), [("1", 1), ("2", 3)])
@@ -115,21 +120,15 @@ def test_no_image_and_no_group_is_in_two_splits(vqa_dataset):
 
 def test_every_row_is_proven_again_from_the_written_records(vqa_dataset):
     """What stands in the folder suffices to check the folder."""
-    records = {}
-    for line in (vqa_dataset / "records.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        placed = []
-        for entry in record["findings"]:
-            region = entry.pop("region")
-            placed.append(Placed(Finding(**entry), region))
-        records[record["source"], record["image_id"]] = placed, record["exhaustive"]
-    rows = 0
-    for row in pq.read_table(vqa_dataset / "data").to_pylist():
-        placed, exhaustive = records[row["source"], row["image_id"]]
-        assert check_claims(claims_from_json(row["claims"]), placed, exhaustive) == []
-        rows += 1
-    assert rows > 100
-    assert check_claims([Claim("caries", 99)], placed, exhaustive)
+    lines = [json.loads(line) for line in (vqa_dataset / "records.jsonl").read_text().splitlines()]
+    records = {(line["source"], line["image_id"]): record_from_json(line) for line in lines}
+    rows = pq.read_table(vqa_dataset / "data").to_pylist()
+
+    assert len(rows) > 100
+    for row in rows:
+        assert check_row(row, records[row["source"], row["image_id"]], load_vocabulary()) == []
+    others = [record for record in records.values() if record.image_id != rows[0]["image_id"]]
+    assert any(check_row(rows[0], record, load_vocabulary()) for record in others)
 
 
 def test_yes_and_no_are_equally_frequent_for_every_condition(vqa_dataset):
@@ -216,7 +215,7 @@ def two_sources_on_one_picture(folder, first, second):
             (folder / name / "labels" / f"p{number}.txt").unlink()
         text = (folder / name / "sources.yaml").read_text()
         texts.append(text.replace("name: s", f"name: {name}").replace("root: .", f"root: {name}"))
-    (folder / "both.yaml").write_text(texts[0] + texts[1].removeprefix("sources:\n"))
+    (folder / "both.yaml").write_text(ABOUT_FINDINGS + texts[0] + texts[1].removeprefix(HEAD))
     return folder / "both.yaml"
 
 
@@ -243,6 +242,7 @@ def test_images_that_nothing_is_asked_about_take_no_place_in_a_split(tmp_path):
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
     for number in range(30):
         Image.new("L", (40, 20), 130 + number).save(tmp_path / "s" / "images" / f"unlabelled{number}.png")
+    sources.write_text(ABOUT_FINDINGS + sources.read_text())
 
     report = build(sources, tmp_path / "out")
 
@@ -255,7 +255,7 @@ def test_images_that_nothing_is_asked_about_take_no_place_in_a_split(tmp_path):
 def test_annotations_that_support_no_question_are_no_dataset(tmp_path):
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
     text = sources.read_text().replace("{0: caries, 1: infection}, exhaustive: [caries, infection]", "{0: null}")
-    sources.write_text(text)
+    sources.write_text(ABOUT_FINDINGS + text)
 
     with pytest.raises(BuildError, match="support no question"):
         build(sources, tmp_path / "out")
@@ -296,7 +296,7 @@ def test_a_failed_build_leaves_the_old_folder_and_no_half_one(tmp_path, monkeypa
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
     build(sources, tmp_path / "out")
     before = digest(tmp_path / "out")
-    monkeypatch.setattr("data_builders.vqa.write_card", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("data_builders.vqa.write_vqa_card", lambda *args, **kwargs: 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         build(sources, tmp_path / "out", seed=5)
@@ -349,7 +349,7 @@ def test_inputs_are_left_as_they_are(phantoms, tmp_path):
         pytest.param(("root: .", "root: nowhere"), "is not a folder", id="missing root"),
         pytest.param(("modality: panoramic, ", ""), "needs 'modality'", id="no modality"),
         pytest.param(("sources:", "source:"), "source: Extra inputs", id="misspelt key"),
-        pytest.param(("sources:", "sources: ["), ":2: not valid YAML", id="not YAML"),
+        pytest.param(("sources:", "sources: ["), ":3: not valid YAML", id="not YAML"),
         pytest.param(("1: infection", "no: infection"), "put it in quotes", id="YAML's no is a boolean"),
         pytest.param(("1: infection", "0: infection"), "the key 0 is there twice", id="key twice"),
         pytest.param(("1: infection", "? [1] : infection"), "unhashable key", id="key that is a list"),

@@ -73,8 +73,8 @@ class Advice(BaseModel):
 class Term(BaseModel):
     """One entry of the vocabulary; where it is shown, the image is never said to be free of `not_free_of`.
 
-    `gradable` says that it comes in degrees, so that a missing grade is worth a word. `guidance` is worded as general guidance, word for word: `follow_up`, `urgency`, and `differential`, what can look
-    alike.
+    `gradable` says that it comes in degrees, so that a missing grade is worth a word. `guidance` is worded as general
+    guidance, word for word: `follow_up`, `urgency`, and `differential`, what can look alike.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -245,7 +245,11 @@ class Source(BaseModel):
 
 
 class SourcesFile(BaseModel):
-    """A whole sources file; `path` is where it was read. `families` narrows the question families that are asked."""
+    """A whole sources file; `path` is where it was read.
+
+    `families` narrows the question families that are asked. With `detector_findings: false` sources of `origin: model`
+    are left out.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: Path
@@ -256,6 +260,7 @@ class SourcesFile(BaseModel):
     system_prompt: str | None = None
     families: tuple[Family, ...] | None = Field(default=None, min_length=1)
     questions: Questions = Questions()
+    detector_findings: bool = True
     sources: tuple[Source, ...] = Field(min_length=1)
 
     @field_validator("languages", "families")

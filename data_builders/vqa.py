@@ -57,6 +57,9 @@ def build_vqa(
     """
     check_replaceable(out)
     seed = sources_file.seed if seed is None else seed
+    if not sources_file.detector_findings:
+        by_humans = tuple(source for source in sources_file.sources if source.origin == "human")
+        sources_file = sources_file.model_copy(update={"sources": by_humans})
     contents, records = _read_usable(sources_file, workers=workers, strict=strict, progress=progress)
     sources = {source.name: source for source in sources_file.sources}
     records = _with_groups(records, sources, sources_file.terms(), alike=find_alike(contents))

@@ -381,3 +381,27 @@ def test_a_user_extends_the_vocabulary_without_code(tmp_path):
     answers = " ".join(row["completion"][0]["content"] for row in pq.read_table(tmp_path / "out/data").to_pylist())
     assert "a supernumerary tooth in the right mandibular region" in answers
     assert "un diente supernumerario en la región mandibular derecha" in answers
+
+
+def test_a_detectors_findings_are_hedged_and_can_be_left_out(phantoms, tmp_path):
+    """The same labels once as a human's, once as a detector's: with and without the detector."""
+    base = (phantoms / "sources.yaml").read_text().replace("root: yolo", f"root: {phantoms / 'yolo'}")
+    entry = base[base.index("  - name") :]
+    detector = entry.replace("phantom_yolo", "detector").replace(
+        entry[entry.index("    exhaustive") : entry.index("    license")], "    origin: model\n"
+    )
+    both = tmp_path / "both.yaml"
+    both.write_text(base + detector + "questions: {cap: 1}\n")
+    humans = tmp_path / "humans.yaml"
+    humans.write_text(base + detector + "questions: {cap: 1}\ndetector_findings: false\n")
+
+    build_vqa(load_sources(both), tmp_path / "both", progress=False, gallery=0)
+    build_vqa(load_sources(humans), tmp_path / "humans", progress=False, gallery=0)
+    rows = pq.read_table(tmp_path / "both" / "data").to_pylist()
+    detected = [row for row in rows if row["source"] == "detector"]
+    said = [row for row in detected if row["question_type"] == "findings_location"]
+
+    assert said and all("possible" in row["completion"][0]["content"] for row in said)
+    assert not any(claim.negated for row in detected for claim in claims_from_json(row["claims"]))
+    sources = pq.read_table(tmp_path / "humans" / "data", columns=["source"])["source"].unique().to_pylist()
+    assert sources == ["phantom_yolo"]

@@ -1,38 +1,96 @@
-"""What is in the sources: counts, problems, duplicates and leaks. Reads, writes nothing."""
+"""What is in the sources: counts, problems, evidence for the class map, duplicates, mosaics, leaks. Writes nothing."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import Console
 from rich.progress import track
 
+from data_builders.alike import Alike, Comparison, Look, compare, look_at
+from data_builders.augmentations import (
+    describe_changes,
+    find_changed,
+    find_declared,
+    states_locations,
+    without_locations,
+)
 from data_builders.dentition import is_fdi
-from data_builders.images import ImageError, measure
+from data_builders.images import ImageError, measure_pixels
+from data_builders.label_evidence import (
+    check_names,
+    check_synonyms,
+    count_raw_labels,
+    describe_places,
+    shown_labels,
+    suggest_class_map,
+)
+from data_builders.leaks import find_duplicates, find_leaks, measure_leaks, place_of
 from data_builders.readers import READERS
 from data_builders.readers.cases import Case, read_cases
 from data_builders.records import ImageRecord, Problem
 from data_builders.sources import Source, SourcesFile
-from data_builders.splits import Groups, original_stem
+
+NOTHING_ALIKE = Comparison({}, ())
 
 
 @dataclass(frozen=True)
 class SourceContent:
-    """All that one source holds: its images with what is measured of them, its cases, and what could not be used."""
+    """All that one source holds: its images with what is measured of them, its cases, and what could not be used.
+
+    `comparison` says which pictures of all sources are alike or mosaics, and is the same for every source that was read
+    together; `looks` is what the comparison needs, and is empty after it.
+    """
 
     source: Source
     records: tuple[ImageRecord, ...]
     problems: tuple[Problem, ...]
     cases: tuple[Case, ...] = ()
+    comparison: Comparison = NOTHING_ALIKE
+    looks: Mapping[str, Look] = field(default_factory=dict)
 
 
 def read_sources(sources_file: SourcesFile, *, workers: int = 2, progress: bool = True) -> list[SourceContent]:
-    """Read every source and measure its images (decoded whole, `workers` at a time)."""
-    return [read_source(source, workers=workers, progress=progress) for source in sources_file.sources]
+    """Read every source, measure its images (decoded whole, `workers` at a time) and compare all with each other.
+
+    Mosaics and mirrored pictures come back with `locations=False`. What is alike belongs into one split: hand
+    `find_alike(contents)` to `data_builders.splits.group_records`.
+    """
+    contents = [read_source(source, workers=workers, progress=progress) for source in sources_file.sources]
+    vocabulary = sources_file.terms()
+    looks = {image_id: look for content in contents for image_id, look in content.looks.items()}
+    comparison = compare(looks)
+    by_pixels: dict[str, list[ImageRecord]] = defaultdict(list)
+    for content in contents:
+        for record in content.records:
+            by_pixels[record.image_id or ""].append(record)
+    changed = find_changed(comparison, by_pixels)
+    found: dict[str, list[Problem]] = defaultdict(list)
+    for source_name, problem in describe_changes(comparison, by_pixels):
+        found[source_name].append(problem)
+    return [
+        replace(
+            content,
+            records=tuple(without_locations(record, changed) for record in content.records),
+            problems=(
+                *content.problems,
+                *check_names(content.source, content.records, vocabulary),
+                *found[content.source.name],
+            ),
+            comparison=comparison,
+            looks={},
+        )
+        for content in contents
+    ]
+
+
+def find_alike(contents: Sequence[SourceContent]) -> list[tuple[str, str]]:
+    """The pairs of image ids that show the same picture, wholly or in part, and so belong into one split."""
+    return sorted({(pair.first, pair.second) for content in contents for pair in content.comparison.alike})
 
 
 def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> SourceContent:
@@ -41,7 +99,11 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
         cases, problems = _sort_out(read_cases(source))
         return SourceContent(source, (), tuple(problems), tuple(cases))
     records, problems = _sort_out(READERS[source.reader](source))
+    declared = list(find_declared(source))
+    if declared and not states_locations(source):
+        records = [replace(record, locations=False) for record in records]
     measured: list[ImageRecord] = []
+    looks: dict[str, Look] = {}
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         results = track(
             pool.map(_measure, records),
@@ -50,15 +112,19 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
             console=Console(stderr=True),
             disable=not progress,
         )
-        for result in results:
-            record, found = result
+        for record, look, found in results:
             measured.append(record)
             problems += found
+            if look and record.image_id:
+                looks[record.image_id] = look
+    problems += declared
     problems += _check_patients(source, records)
     problems += pick_unique(measured)[1]
     problems += _check_counts(source, measured)
+    problems += suggest_class_map(source, count_raw_labels(source, measured))
+    problems += check_synonyms(source)
     problems += _check_teeth(measured)
-    return SourceContent(source, tuple(measured), tuple(problems))
+    return SourceContent(source, tuple(measured), tuple(problems), looks=looks)
 
 
 def _sort_out(items: Iterable) -> tuple[list, list[Problem]]:
@@ -68,24 +134,26 @@ def _sort_out(items: Iterable) -> tuple[list, list[Problem]]:
     return records, problems
 
 
-def _measure(record: ImageRecord) -> tuple[ImageRecord, list[Problem]]:
+def _measure(record: ImageRecord) -> tuple[ImageRecord, Look | None, list[Problem]]:
     if not record.path.is_file():
-        return record, []  # the reader reported it
+        return record, None, []  # the reader reported it
     try:
-        size = measure(record.path)
+        size, pixels = measure_pixels(record.path)
     except ImageError as error:
-        return record, [Problem("image_unreadable", "error", record.path, None, f"{error}; the image is left out")]
+        problem = Problem(error.code, "error", record.path, None, f"{error}; the image is left out")
+        return record, None, [problem]
     problems = []
     if size.is_deep:
         message = "has greys of more than 8 bits; it is stored as a PNG of 8 bits"
         problems.append(Problem("deep_greys", "info", record.path, None, message))
-    return replace(record, width=size.width, height=size.height, image_id=size.image_id), problems
+    record = replace(record, width=size.width, height=size.height, image_id=size.image_id)
+    return record, look_at(pixels), problems
 
 
 def _check_counts(source: Source, records: Sequence[ImageRecord]) -> Iterator[Problem]:
     """Compare with what the user knows of the source: a wrong class map gives other numbers of images."""
     for label, expected in source.expected_images.items():
-        found = sum(label in {*record.rejected, *(f.label for f in record.findings)} for record in records)
+        found = sum(label in shown_labels(record) for record in records)
         if found != expected:
             message = f"{found} images show {label}, {expected} are expected: is the class map right?"
             yield Problem("unexpected_count", "error", source.root, None, message)
@@ -139,14 +207,47 @@ def _labels(record: ImageRecord) -> Counter:
 
 
 def audit(sources_file: SourcesFile, *, workers: int = 2, progress: bool = True) -> dict:
-    """Counts, problems, duplicates and leaks of all sources, ready for JSON."""
-    contents = read_sources(sources_file, workers=workers, progress=progress)
+    """Counts, problems, duplicates, mosaics and leaks of all sources, ready for JSON."""
+    return summarise(read_sources(sources_file, workers=workers, progress=progress))
+
+
+def summarise(contents: Sequence[SourceContent]) -> dict:
+    """What `audit` returns, of sources that were read together."""
     records = [record for content in contents for record in content.records]
+    comparison = contents[0].comparison
+    by_id = {record.image_id: record for record in reversed(records)}
     return {
         "sources": [describe(content) for content in contents],
         "duplicates": find_duplicates(records),
-        "leaks": find_leaks(records),
+        "near_duplicates": [_describe_pair(pair, by_id) for pair in comparison.alike if pair.kind != "part"],
+        "mosaics": _describe_mosaics(comparison, records),
+        "leaks": find_leaks(records, find_alike(contents)),
+        "leak_rates": measure_leaks(records, find_alike(contents)),
     }
+
+
+def _describe_mosaics(comparison: Comparison, records: Iterable[ImageRecord]) -> list[dict]:
+    places: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        places[record.image_id or ""].append(place_of(record))
+    shows: dict[str, list[dict]] = defaultdict(list)
+    for pair in comparison.alike:
+        if pair.kind == "part":
+            shows[pair.first].append(places[pair.second][0])
+    return [
+        {
+            "image_id": image_id,
+            "images": places[image_id],
+            "cut_at": [round(crossing.x, 3), round(crossing.y, 3)],
+            "shows": shows[image_id],
+        }
+        for image_id, crossing in comparison.mosaics.items()
+    ]
+
+
+def _describe_pair(pair: Alike, by_id: Mapping[str | None, ImageRecord]) -> dict:
+    places = [place_of(by_id[pair.first]), place_of(by_id[pair.second])]
+    return {"kind": pair.kind, "correlation": pair.correlation, "images": places}
 
 
 def describe(content: SourceContent) -> dict:
@@ -156,7 +257,7 @@ def describe(content: SourceContent) -> dict:
     classes: dict[str, dict[str, int]] = {}
     ignored: dict[str, dict[str, int]] = {}
     for record in content.records:
-        _count_labels(classes, [*(finding.label for finding in record.findings), *record.rejected])
+        _count_labels(classes, shown_labels(record))
         _count_labels(ignored, record.ignored)
     return {
         "name": content.source.name,
@@ -169,6 +270,9 @@ def describe(content: SourceContent) -> dict:
         "rejected": sum(len(record.rejected) for record in content.records),
         "classes": dict(sorted(classes.items())),
         "ignored": dict(sorted(ignored.items())),
+        "labels": count_raw_labels(content.source, content.records),
+        "expected_images": dict(content.source.expected_images),
+        "places": describe_places(content.records),
         "problems": [{**asdict(problem), "path": str(problem.path)} for problem in content.problems],
         "problem_counts": count_problems(content.problems),
     }
@@ -184,37 +288,3 @@ def _count_labels(counts: dict[str, dict[str, int]], labels: Iterable[str]) -> N
 def count_problems(problems: Iterable[Problem]) -> dict[str, int]:
     """How many problems there are of each code."""
     return dict(sorted(Counter(problem.code for problem in problems).items()))
-
-
-def find_duplicates(records: Iterable[ImageRecord]) -> list[dict]:
-    """Files that show the same pixels, within and across sources."""
-    by_pixels: dict[str, list[ImageRecord]] = defaultdict(list)
-    for record in records:
-        if record.image_id:
-            by_pixels[record.image_id].append(record)
-    return [
-        {"image_id": image_id, "images": [_place(record) for record in same]}
-        for image_id, same in sorted(by_pixels.items())
-        if len({record.path for record in same}) > 1
-    ]
-
-
-def find_leaks(records: Iterable[ImageRecord]) -> list[dict]:
-    """What a source's own splits (its `train`, `valid`, `test` folders) share: pixels, or a Roboflow original."""
-    groups = Groups()
-    declared = [record for record in records if record.declared_split]
-    for number, record in enumerate(declared):
-        stem = original_stem(record.path.stem)
-        if record.image_id:
-            groups.join(number, ("pixels", record.image_id))
-        if stem:
-            groups.join(number, ("original", record.source, stem))
-    members: dict[object, list[ImageRecord]] = defaultdict(list)
-    for number, record in enumerate(declared):
-        members[groups.find(number)].append(record)
-    leaking = [same for same in members.values() if len({record.declared_split for record in same}) > 1]
-    return [{"images": [{**_place(record), "split": record.declared_split} for record in same]} for same in leaking]
-
-
-def _place(record: ImageRecord) -> dict[str, str]:
-    return {"source": record.source, "path": str(record.path)}

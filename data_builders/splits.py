@@ -1,6 +1,6 @@
 """Groups, then a split that no group crosses.
 
-What belongs to one patient, comes from one Roboflow original, or shows the same pixels is one group. Groups are put in
+What belongs to one patient, comes from one Roboflow original, or shows the same picture is one group. Groups are put in
 the order of a seeded hash and cut by their share of images, source by source: a new image moves at most the groups at
 the cuts.
 """
@@ -44,13 +44,18 @@ def original_stem(file_stem: str) -> str | None:
     return match["stem"] if match else None
 
 
-def group_records(records: Sequence[ImageRecord], sources: Mapping[str, Source]) -> list[str]:
-    """The group id of each record: records that share a patient, an original or their pixels get the same.
+def group_records(
+    records: Sequence[ImageRecord], sources: Mapping[str, Source], alike: Iterable[tuple[str, str]] = ()
+) -> list[str]:
+    """The group id of each record: records that share a patient, an original or their picture get the same.
 
     Patients are told apart by each source's own pattern, originals by their name within a source, pixels over all
-    sources.
+    sources. `alike` are pairs of image ids of copies, and of mosaics with what they show
+    (`data_builders.audit.find_alike`).
     """
     groups = Groups()
+    for first, second in alike:
+        groups.join(("pixels", first), ("pixels", second))
     for number, record in enumerate(records):
         for key in _keys(record, sources[record.source]):
             groups.join(number, key)

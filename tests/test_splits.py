@@ -52,6 +52,16 @@ def test_identical_pixels_are_one_group_over_all_sources():
     assert groups[0] == groups[1] != groups[2]
 
 
+def test_copies_and_mosaics_are_one_group_with_what_they_show():
+    records = [record("a.jpg", pixels="a"), record("b.jpg", source="t", pixels="b"), record("c.jpg", pixels="c")]
+    sources = {"s": source(), "t": source("t")}
+
+    assert len(set(group_records(records, sources))) == 3
+    groups = group_records(records, sources, [("b", "a"), ("not built", "c")])
+    assert groups[0] == groups[1] != groups[2]
+    assert len(set(group_records(records, sources, [("a", "not built"), ("not built", "c")]))) == 2
+
+
 def test_patients_are_told_by_the_sources_own_pattern():
     groups = group_records(
         [record("p1_left.jpg"), record("p1_right.jpg"), record("p2_left.jpg")],

@@ -25,6 +25,7 @@ from data_builders.chat import SPLITS, Row
 from data_builders.records import InputError, Problem
 
 REPORT = "build_report.json"
+BLOCKING = ("class_map_incomplete", "names_missing", "label_attribute_needed")  # what only the user can settle
 ROW_GROUP_BYTES = 32 << 20  # of distinct images; Arrow and parquet hold them several times over while they write
 ROW_GROUP_ROWS = 10_000
 SHARD_BYTES = 500 << 20

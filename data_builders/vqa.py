@@ -17,6 +17,7 @@ from data_builders.claims import place_findings
 from data_builders.compose.rows import Balanced, Drafted, balance, compose_rows
 from data_builders.dataset_card import write_vqa_card
 from data_builders.dataset_folder import (
+    BLOCKING,
     BuildError,
     File,
     check_replaceable,
@@ -32,8 +33,6 @@ from data_builders.licences import combine_terms
 from data_builders.records import ImageRecord, Problem, Split
 from data_builders.sources import Source, SourcesFile, Vocabulary
 from data_builders.splits import group_records, split_groups
-
-BLOCKING = ("class_map_incomplete", "names_missing", "label_attribute_needed")  # what only the user can settle
 
 
 def build_vqa(

@@ -18,16 +18,15 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from data_builders.audit import count_problems, pick_unique, read_sources
+from data_builders.audit import count_problems, find_alike, pick_unique, read_sources
 from data_builders.chat import SPLITS
-from data_builders.dataset_folder import REPORT, BuildError, new_folder, stop_on, write_report
+from data_builders.dataset_folder import BLOCKING, REPORT, BuildError, new_folder, stop_on, write_report
 from data_builders.dentition import DECIDUOUS, PERMANENT, TOOTH_TYPES
 from data_builders.images import read_stored
 from data_builders.readers.geometry import AREAS, box_ring
 from data_builders.records import Finding, ImageRecord, Problem, Ring, Split
 from data_builders.sources import SourcesFile
 from data_builders.splits import group_records, split_groups
-from data_builders.vqa import BLOCKING
 
 Task = Literal["detect", "segment", "obb"]
 ClassesFrom = Literal["label", "tooth"]
@@ -96,7 +95,7 @@ def export_yolo(
     stop_on([problem for problem in problems if problem.code in BLOCKING])
     records = [record for content in contents for record in pick_unique(content.records)[0]]
     sources = {source.name: source for source in sources_file.sources}
-    groups = group_records(records, sources)
+    groups = group_records(records, sources, find_alike(contents))
     records = [replace(record, group_id=group) for record, group in zip(records, groups, strict=True)]
     pictures = _collect(records, task, classes, problems)
     names = _class_names(pictures, TEETH if classes == "tooth" else tuple(sources_file.terms()))

@@ -94,7 +94,9 @@ def _root(
 
 @app.command()
 def audit(
-    sources: Annotated[Path, typer.Argument(help="A sources file.")],
+    sources: Annotated[Path | None, typer.Argument(help="A sources file.")] = None,
+    preset: Preset = None,
+    data: Data = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with crops, heat maps and copies.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 1 if there is any error.")] = False,
     as_json: AsJson = False,
@@ -103,11 +105,12 @@ def audit(
     """Say what is in the sources: counts, problems with file and line, copies, mosaics, leaks. Changes nothing.
 
     Example: `dentalgemma audit sources.yaml --html audit.html`
+
+    Example: `dentalgemma audit --preset opg_detection --data downloads`
     """
     from data_builders.audit import read_sources, summarise
-    from data_builders.sources import load_sources
 
-    contents = read_sources(load_sources(sources), workers=workers, progress=not as_json)
+    contents = read_sources(_load(sources, preset, data), workers=workers, progress=not as_json)
     report = summarise(contents)
     if html:
         from data_builders.audit_page import write_audit_page

@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,26 @@ def real_dataset(real_sources: Path) -> Path:
     folder = real_sources.parent / "built"
     build_vqa(load_sources(real_sources), folder, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def open_page(tmp_path_factory):
+    """Open a page in headless Chromium and return its document as the browser has it."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    profile = tmp_path_factory.mktemp("chromium")
+
+    def open_(path, fragment=""):
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-dev-shm-usage",
+        ]
+        command = [browser, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=8000", "--dump-dom"]
+        url = path.as_uri() + (f"#{fragment}" if fragment else "")
+        return subprocess.run([*command, url], capture_output=True, text=True, timeout=90, check=True).stdout
+
+    return open_

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 from typer.testing import CliRunner
@@ -11,22 +10,6 @@ from dentalgemma.cli import app
 
 HOSTILE = "</td><script>document.title='PWNED'</script><img src=x onerror=document.title='PWNED'>"
 NAMES = {"one": "thing", "other": "things", "condition": "a thing"}
-
-
-@pytest.fixture(scope="module")
-def open_page(tmp_path_factory):
-    """Open a page in headless Chromium and return its document as the browser has it."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    profile = tmp_path_factory.mktemp("chromium")
-
-    def open_(path):
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        command = [browser, *flags, "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--dump-dom"]
-        return subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=90, check=True).stdout
-
-    return open_
 
 
 def run_audit(*arguments):

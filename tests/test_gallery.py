@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -16,29 +14,6 @@ from data_builders.sources import load_sources, load_vocabulary
 from data_builders.vqa import build_vqa
 
 HOSTILE = "</td></script><script>document.title='PWNED'</script><img src=x onerror=document.title='PWNED'>"
-
-
-@pytest.fixture(scope="session")
-def open_page(tmp_path_factory):
-    """Open a page in headless Chromium and return its document as the browser has it."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    profile = tmp_path_factory.mktemp("chromium")
-
-    def open_(path, fragment=""):
-        flags = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-dev-shm-usage",
-        ]
-        command = [browser, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=8000", "--dump-dom"]
-        url = path.as_uri() + (f"#{fragment}" if fragment else "")
-        return subprocess.run([*command, url], capture_output=True, text=True, timeout=90, check=True).stdout
-
-    return open_
 
 
 def page_data(folder):

@@ -44,6 +44,9 @@ def unpacked(tmp_path_factory):
         "dentalgemma/publishing/templates/quickstart.html.jinja",
         "data_builders/readers/yolo.py",
         "data_builders/compose/vocabulary.yaml",
+        "data_builders/lexicon/es.yaml",
+        "data_builders/pages/gallery.html.jinja",
+        "data_builders/presets/dentalgemma_vqa.yaml",
         "data_builders/compose/phrases/es.yaml",
     ],
 )

@@ -1,6 +1,6 @@
 """Size and orientation of plain JPEG and PNG files, straight from their first bytes.
 
-Pillow reads the same in five times the time of a JPEG, and decodes a PNG whole to find its orientation. What is odd in
+Pillow takes three times as long for a JPEG, and decodes a PNG whole to find its orientation. What is odd in
 any way is left to it: each function here gives `None` rather than a guess.
 """
 

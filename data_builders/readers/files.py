@@ -27,6 +27,7 @@ SPLITS: dict[str, Split] = {
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")
 TAR = slice(257, 262)
+DRIVE = re.compile("[A-Za-z]:")
 
 
 class Document(NamedTuple):
@@ -181,12 +182,14 @@ def _check_name(name: object) -> str:
         raise BadAnnotation("bad_annotation", f"{shorten(name)} is not the name of an image file")
     relative = name.replace("\\", "/")
     parts = relative.split("/")
-    if relative.startswith("/") or ".." in parts or re.match("[A-Za-z]:", relative) or not _is_encodable(parts):
+    if relative.startswith("/") or ".." in parts or DRIVE.match(relative) or not _is_encodable(parts):
         raise BadAnnotation("unsafe_path", f"{shorten(name)} is not a path below the source folder")
     return relative
 
 
 def _is_encodable(parts: list[str]) -> bool:
+    if len(parts) == 1 and len(parts[0]) < 256 and parts[0].isascii() and "\0" not in parts[0]:
+        return True
     try:
         return not any("\0" in part or len(part.encode()) > 255 for part in parts) and len(parts) < 100
     except UnicodeEncodeError:

@@ -95,34 +95,34 @@ def _read_file(book: LabelBook, path: Path, via: ViaFile) -> Iterator[ImageRecor
         if draft is None:
             draft = drafts[str(file)] = Draft(book, file, path, flawed=flawed)
             draft.measure()
-        for region, drawn in regions if attribute is not None else ():
-            _add(draft, region, drawn, attribute, via.options)
+        for region, surveyed in regions if attribute is not None else ():
+            _add(draft, region, surveyed, attribute, via.options)
     for draft in sorted(drafts.values(), key=lambda draft: draft.path.parts):
         yield from draft.finish()
 
 
 class Drawn(NamedTuple):
-    """The shape of a region in pixels; `bounds` are what `survey_outlines` found of its ring."""
+    """The shape of a region in pixels."""
 
     name: Shape
     ring: Ring
-    bounds: Bounds | None = None
 
 
-def _take_shapes(images: list[ViaImage]) -> Iterator[tuple[ViaImage, list[tuple[Region, Drawn | BadAnnotation]]]]:
+Surveyed = tuple[Drawn | BadAnnotation, Bounds | None]
+
+
+def _take_shapes(images: list[ViaImage]) -> Iterator[tuple[ViaImage, list[tuple[Region, Surveyed]]]]:
     """Each image with the shapes of its regions, or what is wrong with them; `images` is empty afterwards.
 
-    Outlines are checked for a block of images, and an image's memory is free again when its findings take some.
+    Beside a shape is what `survey_outlines` found of it, for a block of images at a time. An image's memory is free
+    again when its findings take some.
     """
     images.reverse()
     while images:
         block = [images.pop() for _ in range(min(BLOCK, len(images)))]
         shapes = [_try_shape(region) for image in block for region in image.regions]
         outlines = [shape.ring if isinstance(shape, Drawn) and shape.name == "polygon" else () for shape in shapes]
-        for index, bounds in enumerate(survey_outlines(outlines)):
-            if bounds:
-                shapes[index] = shapes[index]._replace(bounds=bounds)
-        drawn = iter(shapes)
+        drawn = zip(shapes, survey_outlines(outlines), strict=True)
         for image in block:
             yield image, list(zip(image.regions, islice(drawn, len(image.regions)), strict=True))
 
@@ -146,7 +146,8 @@ def _label_attribute(source: Source, regions: list[Region]) -> str:
     return found[0] if found else ""
 
 
-def _add(draft: Draft, region: Region, drawn: Drawn | BadAnnotation, attribute: str, options: Options) -> None:
+def _add(draft: Draft, region: Region, surveyed: Surveyed, attribute: str, options: Options) -> None:
+    drawn, bounds = surveyed
     try:
         if isinstance(drawn, BadAnnotation):
             raise drawn
@@ -158,7 +159,7 @@ def _add(draft: Draft, region: Region, drawn: Drawn | BadAnnotation, attribute: 
             if isinstance(draft.book.source.classes, str) or "" not in draft.book.source.classes:
                 message = f"has no {attribute!r}" if attribute else "has no attributes"
                 raise BadAnnotation("label_missing", f'the region {message}; map it as `"": null` to leave such out')
-        grades = _read_grades(draft.book.source, region.attributes, options)
+        grades = _read_grades(draft.book.source, region.attributes, options) if draft.book.source.attributes else None
     except BadAnnotation as error:
         draft.note(error.code, "error", region.line, str(error))
         return
@@ -169,7 +170,7 @@ def _add(draft: Draft, region: Region, drawn: Drawn | BadAnnotation, attribute: 
         [drawn.ring],
         number=region.number,
         attributes=grades,
-        bounds=[drawn.bounds],
+        bounds=[bounds],
     )
 
 

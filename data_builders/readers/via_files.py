@@ -74,7 +74,7 @@ def _load_json(path: Path) -> ViaFile:
         image = ViaImage(pointer, entry.get("filename"))
         for index, region in regions.items() if isinstance(regions, dict) else enumerate(regions):
             region = region if isinstance(region, dict) else {}
-            place = f"{pointer}/regions/{_escape(str(index))}"
+            place = f"{pointer}/regions/{index if type(index) is int else _escape(index)}"
             image.regions.append(
                 Region(place, place, region.get("shape_attributes"), region.get("region_attributes", {}))
             )

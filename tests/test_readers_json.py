@@ -367,7 +367,7 @@ def test_several_attributes_ask_for_the_one_with_the_label(tmp_path):
 
     (record,), problems = read_via(tmp_path, document)
     assert (record.findings, codes(problems)) == ((), ["label_attribute_needed"])
-    assert "grade, kind" in problems[0].message
+    assert "'grade', 'kind'" in problems[0].message
 
     (record,), problems = read_via(tmp_path, document, label_attribute="kind", attributes={"grade": "severity"})
     assert (record.findings[0].label, record.findings[0].attributes) == ("caries", {"severity": "2"})
@@ -442,3 +442,27 @@ def test_files_that_via_did_not_write_are_mentioned_or_refused(tmp_path):
 
     (records, problems) = read_via(tmp_path, via(region()))
     assert (len(records), codes(problems)) == (1, ["unused_file"])
+
+
+def test_attribute_names_that_are_no_text_are_named_in_a_message_that_can_be_written(tmp_path):
+    shape = {"name": "point", "cx": 1, "cy": 1}
+    regions = [{"shape_attributes": shape, "region_attributes": {name: "decay"}} for name in ("name", "\ud800")]
+    document = {"a.png1": {"filename": "a.png", "size": 1, "file_attributes": {}, "regions": regions}}
+    (tmp_path / "via.json").write_text(json.dumps(document))
+    source = Source(name="s", reader="via", root=tmp_path, classes={"decay": "caries"}, modality="panoramic")
+    problem = next(item for item in READERS["via"](source) if getattr(item, "code", "") == "label_attribute_needed")
+
+    assert str(problem).encode()
+    assert "'name', '\\ud800'" in problem.message
+
+
+def test_equal_annotation_files_in_two_folders_speak_of_different_images(tmp_path):
+    region = {"shape_attributes": {"name": "point", "cx": 1, "cy": 1}, "region_attributes": {"name": "decay"}}
+    document = {"a.png1": {"filename": "a.png", "size": 1, "file_attributes": {}, "regions": [region]}}
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "via.json").write_text(json.dumps(document))
+    source = Source(name="s", reader="via", root=tmp_path, classes={"decay": "caries"}, modality="panoramic")
+    splits = [item.declared_split for item in READERS["via"](source) if isinstance(item, ImageRecord)]
+
+    assert sorted(splits) == ["train", "validation"]

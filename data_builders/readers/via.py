@@ -59,14 +59,14 @@ def _load_files(source: Source, problems: list[Problem]) -> tuple[list[tuple[Pat
     paths = sorted(path for pattern in patterns for path in source.root.glob(pattern) if path.is_file())
     files: list[tuple[Path, ViaFile]] = []
     refused: list[Problem] = []
-    first: dict[bytes, Path] = {}
+    first: dict[tuple[Path, bytes], Path] = {}  # a copy in another folder speaks of other image files
     for path in drop_outward_links(source, paths, problems):
         try:
             via = load_via(path)
         except BadAnnotation as error:
             refused.append(Problem(error.code, "error", path, None, str(error)))
             continue
-        twin = first.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
+        twin = first.setdefault((path.parent, hashlib.sha256(path.read_bytes()).digest()), path)
         if twin == path:
             files.append((path, via))
         else:
@@ -141,7 +141,8 @@ def _label_attribute(source: Source, regions: list[Region]) -> str:
     dicts = [region.attributes for region in regions if isinstance(region.attributes, dict)]
     found = sorted({key for attributes in dicts for key in attributes} - set(source.attributes))
     if len(found) > 1:
-        message = f"regions have the attributes {', '.join(found)}; name the one with the label as `label_attribute`"
+        shown = ", ".join(map(shorten, found[:20]))
+        message = f"regions have the attributes {shown}; name the one with the label as `label_attribute`"
         raise BadAnnotation("label_attribute_needed", message)
     return found[0] if found else ""
 

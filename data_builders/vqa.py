@@ -39,6 +39,7 @@ def build_vqa(
     sources_file: SourcesFile,
     out: Path,
     *,
+    contents: Sequence[SourceContent] | None = None,
     seed: int | None = None,
     workers: int = 2,
     strict: bool = False,
@@ -48,8 +49,9 @@ def build_vqa(
     """Build the dataset folder `out` and return its build report, to which the list of `problems` is added.
 
     Findings and images with a problem are left out and counted; with `strict` any error stops the build instead. The
-    report in the folder holds counts alone, since the paths of problems may name patients. `gallery` is how many
-    images its page shows at most; 0 for none.
+    report in the folder holds counts alone, since the paths of problems may name patients. `contents` is what
+    `audit.read_sources` gave, where the sources were read already. `gallery` is how many images its page shows at
+    most; 0 for none.
 
     Raises:
         BuildError: when a label is outside the class map, when nothing is left to build, or, with `strict`, on errors.
@@ -59,7 +61,9 @@ def build_vqa(
     if not sources_file.detector_findings:
         by_humans = tuple(source for source in sources_file.sources if source.origin == "human")
         sources_file = sources_file.model_copy(update={"sources": by_humans})
-    contents, records = _read_usable(sources_file, workers=workers, strict=strict, progress=progress)
+    if contents is None:
+        contents = read_sources(sources_file, workers=workers, progress=progress)
+    records = _pick_usable(sources_file, contents, strict=strict)
     sources = {source.name: source for source in sources_file.sources}
     records = _with_groups(records, sources, sources_file.terms(), alike=find_alike(contents))
     composed = _compose_all(records, sources_file, sources, seed, progress=progress)
@@ -85,17 +89,14 @@ def build_vqa(
     return report | {"problems": [_describe(problem) for own in problems.values() for problem in own]}
 
 
-def _read_usable(
-    sources_file: SourcesFile, *, workers: int, strict: bool, progress: bool
-) -> tuple[list[SourceContent], list[ImageRecord]]:
-    """What the sources hold, and the images of it that can be built."""
-    contents = read_sources(sources_file, workers=workers, progress=progress)
+def _pick_usable(sources_file: SourcesFile, contents: Sequence[SourceContent], *, strict: bool) -> list[ImageRecord]:
+    """The images that can be built."""
     problems = [problem for content in contents for problem in content.problems]
     stop_on([p for p in problems if p.code in BLOCKING or (strict and p.severity == "error")])
     records = [record for content in contents for record in pick_unique(content.records)[0]]
     if not records:
         raise BuildError(f"{sources_file.path}: no image can be built; run `dentalgemma audit` to see why")
-    return contents, records
+    return records
 
 
 def _split_and_balance(

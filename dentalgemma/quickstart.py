@@ -109,7 +109,7 @@ def run_quickstart(out: Path, *, seed: int = 0, control: bool = False) -> Path:
 
 def make_data(run: Rehearsal) -> None:
     """Draw phantoms and cases, audit them, and build both datasets and the held-out questions."""
-    from data_builders.audit import audit
+    from data_builders.audit import read_sources, summarise
     from data_builders.instruct import build_instruct
     from data_builders.phantom_formats import write_phantoms
     from data_builders.probes import build_probe
@@ -120,12 +120,14 @@ def make_data(run: Rehearsal) -> None:
     with run.step("Draw synthetic radiographs and cases"):
         write_phantoms(phantoms, count=IMAGES, cases=CASES, seed=run.seed, formats=("yolo",), families=FAMILIES)
     with run.step("Audit"):
-        report = audit(load_sources(phantoms / "sources.yaml"))
+        sources = load_sources(phantoms / "sources.yaml")
+        contents = read_sources(sources)
+        report = summarise(contents)
         (run.folder / "audit.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for source in report["sources"]:
             console.print(f"{source['images']} images, {source['findings']} findings, {source['classes']}")
     with run.step("Build the datasets"):
-        build_vqa(load_sources(phantoms / "sources.yaml"), data / "vqa")
+        build_vqa(sources, data / "vqa", contents=contents)
         build_instruct(load_sources(phantoms / "cases.yaml"), data / "instruct")
         number = build_probe(data / "vqa", "test", run.folder / "evaluation" / "probe.jsonl", seed=run.seed)
         console.print(f"{number} held-out closed questions")

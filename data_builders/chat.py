@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Literal, TypedDict
 
 SYSTEM_PROMPT = "You are an expert dental clinician and radiologist AI assistant."
@@ -33,6 +35,12 @@ class Row(TypedDict):
     language: str
     question_type: str
     claims: str
+
+
+def make_row_id(row: Mapping) -> str:
+    """What tells a row of a VQA dataset from all others: source, image, language, question type and claims, hashed."""
+    key = "/".join(str(row[name]) for name in ("source", "image_id", "language", "question_type", "claims"))
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def prompt_messages(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[Message]:

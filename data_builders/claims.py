@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_builders.dentition import (
     JAWS,
@@ -35,6 +38,7 @@ class Claim:
     labels. A claim with the label `image` states the picture's `modality`.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
     label: str
     count: int | None = None
     region: str | None = None
@@ -90,32 +94,36 @@ def _stated(claim: Claim) -> dict:
     return {name: value for name, value in values.items() if value not in (None, False, ())}
 
 
-def claims_from_json(text: str) -> tuple[Claim, ...]:
-    """Read the `claims` column back: what the completion of the row states.
+@dataclass(frozen=True, slots=True)
+class ClaimsDocument:
+    """The `claims` column: what the completion of a row states, and what a dialogue's earlier answers did."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+    schema_version: Literal[2]
+    claims: tuple[Claim, ...]
+    history: tuple[tuple[Claim, ...], ...] = ()
+
+
+_DOCUMENT = TypeAdapter(ClaimsDocument)
+
+
+def read_claims(text: str) -> ClaimsDocument:
+    """Read the `claims` column back.
 
     Raises:
         ValueError: when it was written by another schema version, or is not of this form.
     """
-    return _read_claims(_document(text)["claims"])
-
-
-def history_from_json(text: str) -> tuple[tuple[Claim, ...], ...]:
-    """What the earlier answers of a dialogue state, turn by turn; empty for a row of one turn."""
-    return tuple(_read_claims(turn) for turn in _document(text).get("history", ()))
-
-
-def _document(text: str) -> dict:
-    document = json.loads(text)
-    if document.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"claims of schema version {document.get('schema_version')}, expected {SCHEMA_VERSION}")
-    return document
-
-
-def _read_claims(claims: Iterable[dict]) -> tuple[Claim, ...]:
     try:
-        return tuple(Claim(**{**claim, "annotations": tuple(claim.get("annotations", ()))}) for claim in claims)
-    except TypeError as error:
-        raise ValueError(f"not a claim: {error}") from None
+        return _DOCUMENT.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}"[:300]) from None
+
+
+def claims_from_json(text: str) -> tuple[Claim, ...]:
+    """What the completion of a row states; raises as `read_claims` does."""
+    return read_claims(text).claims
 
 
 def claim_present(

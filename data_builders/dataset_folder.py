@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
@@ -30,7 +30,6 @@ ROW_GROUP_BYTES = 32 << 20  # of distinct images; Arrow and parquet hold them se
 ROW_GROUP_ROWS = 10_000
 SHARD_BYTES = 500 << 20
 DICTIONARY_LIMIT = 1 << 30  # pyarrow's default of 1 MiB falls back to writing an image once per row
-IMAGE_COLUMNS = {"bytes": pa.binary(), "path": pa.string()}  # what `datasets.Image` is in Arrow
 IMAGE_COLUMNS = {"bytes": pa.binary(), "path": pa.string()}  # what `datasets.Image` is in Arrow
 
 File = tuple[str, bytes]  # name, content
@@ -93,8 +92,10 @@ def _clear(workshop: Path, folder: Path) -> None:
     shutil.rmtree(workshop, ignore_errors=True)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, *, apart_from: Collection[str] = ()) -> None:
     """Whether a build may put its result in the place of `folder`; to be asked before a long one begins.
+
+    Files below it that are named in `apart_from` (with slashes) do not count.
 
     Raises:
         BuildError: when `folder` holds anything that no build of ours wrote, or cannot be replaced.
@@ -102,8 +103,8 @@ def check_replaceable(folder: Path) -> None:
     folder = Path(folder).resolve()
     if folder.is_mount():
         raise BuildError(f"{folder} is a mount point, which cannot be replaced; --out names a folder below it")
-    if folder.is_file():
-        raise BuildError(f"{folder} is a file; --out names a folder")
+    if folder.exists() and not folder.is_dir():  # a file, or a device such as /dev/null
+        raise BuildError(f"{folder} is no folder; --out names one")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if not found:
         return
@@ -111,6 +112,7 @@ def check_replaceable(folder: Path) -> None:
         ours = {REPORT, *json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise BuildError(f"{folder} is not empty and no dataset folder; choose another --out or empty it") from None
+    ours.update(apart_from)
     if found - ours:
         raise BuildError(f"{folder} holds {min(found - ours)}, which no build wrote; move it, or choose another --out")
 
@@ -282,19 +284,17 @@ def write_card(folder: Path, body: str, written: Mapping[str, Mapping[str, int]]
 
 def write_report(folder: Path, report: Mapping) -> None:
     """Write `build_report.json`: what was built, from what, with which versions, and the hash of every file."""
-    hashes = {path.relative_to(folder).as_posix(): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    hashes = {
+        path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     packages = {name: version(name) for name in ("dentalgemma", "datasets", "pyarrow", "pillow")}
     document = {**report, "versions": packages, "files": hashes}
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's content in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

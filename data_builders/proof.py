@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pyarrow.parquet as pq
 
-from data_builders.claims import IMAGE, SEVERITY, Claim, claims_from_json, history_from_json
+from data_builders.chat import make_row_id
+from data_builders.claims import IMAGE, SEVERITY, Claim, read_claims
 from data_builders.dentition import (
     JAWS,
     QUADRANTS,
@@ -34,29 +36,38 @@ def check_row(row: Mapping, record: ImageRecord, vocabulary: Vocabulary) -> list
 
     Every turn of a dialogue is checked, the earlier answers too: they stand in the prompt.
     """
-    turns = [message for message in (*row["prompt"], *row["completion"]) if message["role"] != "system"]
-    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     try:
-        claims = [*history_from_json(row["claims"]), claims_from_json(row["claims"])]
-    except (ValueError, KeyError) as error:
+        document = read_claims(row["claims"])
+    except ValueError as error:
         return [f"the claims cannot be read: {error}"]
-    if not len(questions) == len(answers) == len(claims):
-        return [f"{len(questions)} questions, {len(answers)} answers and claims of {len(claims)} turns"]
+    messages = [*row["prompt"], *row["completion"]]
+    if messages[0]["role"] == "system":
+        messages = messages[1:]
+    roles = [message["role"] for message in messages]
+    stated = [*document.history, document.claims]
+    if roles != ["user", "assistant"] * len(stated) or len(row["completion"]) != 1:
+        return [f"the turns are {', '.join(roles)}, the claims are of {len(stated)} turns"]
+    if row["language"] not in get_args(Language):
+        return [f"the language is {row['language']!r}"]
     wrong: list[str] = []
     subject: frozenset[str] = frozenset()
-    for question, answer, stated in zip(questions, answers, claims, strict=True):
-        wrong += check_claims(stated, record)
-        wrong += check_text(question, answer, stated, record, row["language"], vocabulary, subject=subject)
-        subject = frozenset(claim.label for claim in stated)
+    for number, claims in enumerate(stated):
+        question, answer = (message["content"] for message in messages[2 * number : 2 * number + 2])
+        kind = row["question_type"] if number == len(document.history) else "dialogue"
+        wrong += check_claims(claims, record)
+        wrong += _check_scope(kind, claims, record, vocabulary)
+        wrong += check_text(
+            question, answer, claims, record, row["language"], vocabulary, subject=subject, question_type=kind
+        )
+        subject = frozenset(claim.label for claim in claims)
     return wrong
 
 
 def check_claims(claims: Iterable[Claim], record: ImageRecord) -> list[str]:
     """Derive every claim again from the findings; return what does not hold, in words."""
     claims = tuple(claims)
-    if not claims:
-        return ["the answer states nothing"]
+    if not claims or len(set(claims)) < len(claims):
+        return ["the answer states nothing, or something twice"]
     middle = arch_middle(record.findings) if any(claim.region for claim in claims) else 0.5
     return [problem for claim in claims for problem in _check_claim(claim, record, middle)]
 
@@ -68,8 +79,8 @@ def _check_claim(claim: Claim, record: ImageRecord, middle: float) -> Iterator[s
         return
     if claim.modality:
         yield f"{claim}: only a claim about the image has a modality"
-    if (claim.region or claim.side) and not _has_places(record):
-        yield f"{claim}: nothing has a place in this image"
+    if (claim.region or claim.side or is_fdi(claim.tooth or "")) and not _has_places(record):
+        yield f"{claim}: nothing has a place in this image, and a tooth number names one"
         return
     behind = [finding for finding in record.findings if _may_show(finding, claim, middle)]
     if claim.negated:
@@ -102,27 +113,39 @@ def _has_places(record: ImageRecord) -> bool:
 
 
 def _may_show(finding: Finding, claim: Claim, middle: float) -> bool:
-    """Whether a finding is what a claim is about; for a denial also whether it could be.
+    """Whether a finding is what a claim is about; for a denial whether it could be, as far as the record tells.
 
     `middle` is the height of the line between the jaws.
     """
+    if claim.negated and claim.label == "tooth" and claim.tooth:
+        return finding.tooth is None or _is_tooth(finding, claim.tooth)  # a disease on a tooth shows the tooth too
+    if finding.label != claim.label:
+        return False
     if claim.tooth is not None and not _is_tooth(finding, claim.tooth):
-        return False
-    if finding.label != claim.label and not (claim.negated and claim.label == "tooth" and claim.tooth):
-        return False  # a disease on a tooth shows the tooth too
-    if claim.side is not None and finding_side(finding) != claim.side:
-        return False
-    if claim.region is None:
-        return True
+        return claim.negated and finding.tooth is None
+    side, quadrant = finding_side(finding), finding_quadrant(finding, middle)
     region = finding_region(finding, middle)
-    if claim.region in QUADRANTS:
-        return finding_quadrant(finding, middle) == claim.region
-    if claim.region in JAWS:
-        return region is not None and region.endswith(claim.region)
     if claim.negated:
-        whole_jaw = f"bilateral_{claim.region.rpartition('_')[2]}"
-        return region is None or region in (claim.region, whole_jaw)
-    return region == claim.region
+        return _may_lie(claim, side, quadrant, region)
+    return (claim.side is None or side == claim.side) and (
+        claim.region is None
+        or claim.region in (region, quadrant)
+        or (claim.region in JAWS and (region or "").endswith(claim.region))
+    )
+
+
+def _may_lie(claim: Claim, side: str | None, quadrant: str | None, region: str | None) -> bool:
+    """Whether something may lie in the place of a denial: it has no place, or one that overlaps or is not sure."""
+    if claim.side is not None and side not in (claim.side, "midline", "bilateral", None):
+        return False
+    if claim.region is None or region is None:
+        return True
+    jaw = region.rpartition("_")[2]
+    if claim.region in QUADRANTS:
+        return jaw == JAWS[not claim.region.startswith("upper")] and quadrant in (claim.region, None)
+    if claim.region in JAWS:
+        return jaw == claim.region
+    return region in (claim.region, f"bilateral_{claim.region.rpartition('_')[2]}")
 
 
 def _is_tooth(finding: Finding, tooth: str) -> bool:
@@ -150,12 +173,15 @@ def check_text(
     vocabulary: Vocabulary,
     *,
     subject: frozenset[str] = frozenset(),
+    question_type: str = "",
 ) -> list[str]:
     """Compare what the words say with the claims, both ways; `subject` is what the turn before was about."""
-    asked, said = (read_text(text, language, vocabulary) for text in (question, answer))
+    asked, said = read_text(question, language, vocabulary, question=True), read_text(answer, language, vocabulary)
     context = frozenset(label for labels in asked.labels for label in labels) or subject
     wrong = [*_check_image(asked, record), *_check_image(said, record)]
-    wrong += _check_question(asked, claims)
+    wrong += _check_question(asked, claims, question_type)
+    wrong += _check_verdict(said, claims, question_type)
+    wrong += _check_guidance(said.guidance, claims, record, language, vocabulary, question_type)
     statements = [statement for statement in said.statements if not _is_introduction(statement)]
     about_findings = [claim for claim in claims if claim.label != IMAGE]
     for statement in statements:
@@ -167,17 +193,15 @@ def check_text(
     for claim in claims:
         if claim.label == IMAGE and frozenset([claim.modality]) not in said.modalities:
             wrong.append(f"the answer {answer!r} does not say that the image is {claim.modality}")
-    if said.verdict is not None and any(claim.negated is said.verdict for claim in claims):
-        wrong.append(f"the answer {answer!r} begins with the wrong verdict")
     if said.only_third_molars and not _only_third_molars(claims):
         wrong.append(f"the answer {answer!r} speaks of third molars only, and others are absent")
-    if said.guidance is not None and not _is_guidance(said.guidance, claims, language, vocabulary):
-        wrong.append(f"the guidance in {answer!r} is not the vocabulary's for what the image shows")
     return wrong
 
 
 def _check_image(reading: Reading, record: ImageRecord) -> Iterator[str]:
     """The kind of picture that a text names, and whether it may speak of places."""
+    if reading.unknown:
+        yield f"nobody knows what {', '.join(map(repr, reading.unknown))} says"
     for modalities in reading.modalities:
         if record.modality not in modalities:
             yield f"the text calls the image {' or '.join(sorted(modalities))}, it is {record.modality}"
@@ -185,8 +209,8 @@ def _check_image(reading: Reading, record: ImageRecord) -> Iterator[str]:
         yield f"the text names a place ({', '.join(reading.words_of_place)}) in an image that has none"
 
 
-def _check_question(asked: Reading, claims: Sequence[Claim]) -> Iterator[str]:
-    """What a question is about is what its answer is about."""
+def _check_question(asked: Reading, claims: Sequence[Claim], question_type: str) -> Iterator[str]:
+    """What a question is about is what its answer is about, and it states nothing itself."""
     mentioned = {label for labels in asked.labels for label in labels}
     stated = {claim.label for claim in claims}
     if mentioned and not stated <= mentioned:
@@ -195,11 +219,67 @@ def _check_question(asked: Reading, claims: Sequence[Claim]) -> Iterator[str]:
         if stated.isdisjoint(labels):
             yield f"the question asks about {' or '.join(sorted(labels))}, the answer does not speak of it"
     places, regions = set(asked.words_of_place), {claim.region for claim in claims}
-    if places and places != regions:
+    if question_type in NAME_THEIR_PLACE and places != regions:
         yield f"the question is about {sorted(places)}, the answer about {sorted(map(str, regions))}"
-    teeth = {statement.tooth for statement in asked.statements if statement.tooth}
-    if teeth and teeth != {claim.tooth for claim in claims}:
-        yield f"the question is about teeth {sorted(teeth)}, the answer is not"
+    if question_type not in NAME_THEIR_PLACE and places:
+        yield f"the question names {sorted(places)}, which is for the answer to tell"
+    for statement in asked.statements:
+        if statement.negated or statement.severity or statement.tooth or statement.count not in (None, 1):
+            yield f"the question itself states {_describe(statement)}"
+    if asked.guidance is not None:
+        yield "the question holds general guidance"
+
+
+NAME_THEIR_PLACE = ("region", "comparison")
+
+
+def _check_verdict(said: Reading, claims: Sequence[Claim], question_type: str) -> Iterator[str]:
+    """A yes is borne by what humans marked, a maybe by a detector alone, a no by nothing that is there."""
+    right = {
+        "yes": not any(claim.negated or claim.hedged for claim in claims),
+        "maybe": all(claim.hedged for claim in claims),
+        "no": all(claim.negated for claim in claims),
+        None: question_type not in ("presence", "healthy_or_abnormal"),
+    }
+    if not right[said.verdict]:
+        yield f"the answer begins with {said.verdict or 'no verdict'}, which the claims do not bear out"
+
+
+def _check_guidance(
+    guidance: str | None,
+    claims: Sequence[Claim],
+    record: ImageRecord,
+    language: Language,
+    vocabulary: Vocabulary,
+    question_type: str,
+) -> Iterator[str]:
+    """General guidance comes word for word from the vocabulary: on the one finding that is stated, as asked for."""
+    advice = None
+    if len(claims) == 1 and not claims[0].negated and claims[0].label in vocabulary:
+        advice = vocabulary[claims[0].label].advice(question_type, language)
+    if guidance != (None if advice is None else advice.casefold()):
+        yield f"the guidance is {guidance!r}, the vocabulary's is {advice!r}"
+    if guidance is not None:
+        read = read_text(guidance, language, vocabulary)
+        if read.words_of_place or any(record.modality not in modalities for modalities in read.modalities):
+            yield f"the guidance {guidance!r} names a place or another kind of image"
+
+
+def _check_scope(
+    question_type: str, claims: Sequence[Claim], record: ImageRecord, vocabulary: Vocabulary
+) -> Iterator[str]:
+    """What claims to name all that is there leaves out no disease."""
+    if question_type not in ("findings", "findings_location", "structured_report", "region"):
+        return
+    named = {finding_id for claim in claims for finding_id in claim.annotations}
+    middle = arch_middle(record.findings)
+    regions = {str(claim.region) for claim in claims}
+    covered = regions | {f"bilateral_{region.rpartition('_')[2]}" for region in regions}
+    for finding in record.findings:
+        region = finding_region(finding, middle)
+        in_scope = question_type != "region" or region in covered
+        if vocabulary[finding.label].kind == "pathology" and in_scope and finding.finding_id not in named:
+            yield f"the answer leaves out {finding.finding_id} ({finding.label})"
 
 
 def _is_introduction(statement: Statement) -> bool:
@@ -208,7 +288,7 @@ def _is_introduction(statement: Statement) -> bool:
 
 
 def _agree(statement: Statement, claim: Claim, context: frozenset[str]) -> bool:
-    labels = statement.labels or context
+    labels = statement.labels or context or (frozenset(["tooth"]) if statement.tooth else context)
     if labels and claim.label not in labels:
         return False
     one_at_least = claim.count in (None, 1) and statement.count in (None, 1)  # "an impacted tooth", "caries"
@@ -233,13 +313,6 @@ def _only_third_molars(claims: Sequence[Claim]) -> bool:
     return bool(absent) and absent <= set(THIRD_MOLARS)
 
 
-def _is_guidance(text: str, claims: Sequence[Claim], language: Language, vocabulary: Vocabulary) -> bool:
-    """General guidance comes word for word from the vocabulary, and on the one finding that is stated."""
-    if len(claims) != 1 or claims[0].negated or claims[0].label not in vocabulary:
-        return False
-    return text in {getattr(advice, language).casefold() for advice in vocabulary[claims[0].label].guidance.values()}
-
-
 def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Prove every row of a dataset folder again from what stands in it; yield each row id with what is wrong.
 
@@ -254,10 +327,16 @@ def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
     vocabulary = load_vocabulary(own_terms if own_terms.is_file() else None)
     with records_file.open(encoding="utf-8") as file:
         records = {(r.source, r.image_id): r for r in (record_from_json(json.loads(line)) for line in file)}
-    columns = ["row_id", "image_id", "source", "language", "prompt", "completion", "claims"]
+    columns = ["row_id", "image_id", "source", "language", "question_type", "prompt", "completion", "claims"]
+    seen: set[str] = set()
     for shard in shards:
         for batch in pq.ParquetFile(shard).iter_batches(batch_size=1024, columns=columns):
             for row in batch.to_pylist():
                 record = records.get((row["source"], row["image_id"]))
-                missing = [f"{records_file.name} has no record of its image"]
-                yield row["row_id"], check_row(row, record, vocabulary) if record else missing
+                wrong = check_row(row, record, vocabulary) if record else [f"{records_file.name} lacks its image"]
+                if row["row_id"] != make_row_id(row):
+                    wrong.append("source, image, language, type or claims are not those that its id was made from")
+                if row["row_id"] in seen:
+                    wrong.append("is there twice")
+                seen.add(row["row_id"])
+                yield row["row_id"], wrong

@@ -2,24 +2,26 @@
 
 This is the second half of the proof: it shares neither the phrase files nor the code that fills them, only the names of
 the vocabulary; its own words are in `lexicon/<language>.yaml`. It looks for what it knows (findings, numbers, places,
-negations, grades, kinds of image) and puts it together sentence by sentence. A wording that it cannot read is a wording
-that does not state its claims.
+negations, grades, kinds of image) and puts it together sentence by sentence. Every other word must be listed as
+neutral: a word that it does not know may say anything.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from data_builders.dentition import PERMANENT, REGIONS
 from data_builders.sources import Language, Vocabulary
 
+WORD = re.compile(r"[^\s.,;:!?¿¡()'\"/-]+")
 REST = "rest"  # "the other regions": all that the text does not name
 
 
@@ -40,35 +42,41 @@ class Statement:
 
 @dataclass
 class Reading:
-    """All that a text says. `verdict` is a yes or no it begins with, `guidance` what it marks as general guidance.
+    """All that a text says. `verdict` is the yes, no or maybe that it begins with, `guidance` what it marks as general
+    guidance, `unknown` the words that nothing is known of.
 
     `modalities` holds, for each word for a kind of picture, the modalities it may mean; `words_of_place` whatever names
     a side or a region.
     """
 
     statements: list[Statement] = field(default_factory=list)
-    verdict: bool | None = None
+    verdict: Literal["yes", "no", "maybe"] | None = None
     modalities: list[frozenset[str]] = field(default_factory=list)
     words_of_place: list[str] = field(default_factory=list)
     only_third_molars: bool = False
     guidance: str | None = None
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def labels(self) -> list[frozenset[str]]:
         return [statement.labels for statement in self.statements if statement.labels]
 
 
-def read_text(text: str, language: Language, vocabulary: Vocabulary) -> Reading:
-    """Read a question or an answer."""
+def read_text(text: str, language: Language, vocabulary: Vocabulary, *, question: bool = False) -> Reading:
+    """Read an answer, or with `question` a question, in which other words are neutral."""
     words = _lexicon(language, _Names(vocabulary, language))
     reading = Reading()
-    before, marker, after = text.casefold().partition(words.guidance)
+    text = unicodedata.normalize("NFKC", text).casefold()
+    before, marker, after = text.partition(words.guidance)
     if marker:
         reading.guidance = after.strip()
     for number, sentence in enumerate(re.split(r"(?<=[.!?])\s+|\n", before)):
-        tokens = words.find(sentence)
-        if number == 0 and tokens and tokens[0][0] == "verdict":
-            reading.verdict = tokens[0][1] == "yes"
+        tokens, unknown = words.find(
+            " ".join(sentence.split()), neutral=words.in_questions if question else words.in_answers
+        )
+        reading.unknown += unknown
+        if number == 0 and tokens and tokens[0][0] == "verdict" and not question:
+            reading.verdict = tokens.pop(0)[1]
         _Sentence(reading).read(tokens)
     reading.statements = _expand_rest(reading.statements)
     return reading
@@ -126,7 +134,7 @@ class _Sentence:
         pass
 
     def _verdict(self, value: str) -> None:
-        pass  # counts at the beginning of a text only
+        self.reading.unknown.append(value)  # it says something at the beginning of an answer only
 
     def _undetermined(self, value: object) -> None:
         pass  # looked up beforehand: it may stand after what it is about
@@ -222,9 +230,23 @@ class _Lexicon:
     pattern: re.Pattern
     meanings: Mapping[str, Token]
     guidance: str
+    in_answers: frozenset[str]
+    in_questions: frozenset[str]
 
-    def find(self, sentence: str) -> list[Token]:
-        return [self._meaning(match) for match in self.pattern.finditer(sentence)]
+    def find(self, sentence: str, *, neutral: frozenset[str]) -> tuple[list[Token], list[str]]:
+        """What a sentence says, in order, and the words of it that are neither known nor neutral."""
+        tokens, unknown, end = [], [], 0
+        for match in (*self.pattern.finditer(sentence), None):
+            between = sentence[end : match.start() if match else None]
+            unknown += [word for word in WORD.findall(between) if word not in neutral]
+            if match:
+                word = match["word"]
+                if word in neutral and self.meanings[word][0] == "verdict":
+                    pass  # "normal or abnormal?" in a question
+                else:
+                    tokens.append(self._meaning(match))
+                end = match.end()
+        return tokens, unknown
 
     def _meaning(self, match: re.Match) -> Token:
         if numbers := match["universal"]:
@@ -251,7 +273,14 @@ def _lexicon(language: Language, names: _Names) -> _Lexicon:
     universal = known["universal"].format(numbers=f"(?P<universal>{numbers})")
     teeth = known["teeth"].format(numbers=f"(?P<teeth>{numbers})")
     pattern = re.compile(rf"(?<!\w)(?:{universal}|{teeth}|(?P<word>{literal})|(?P<digits>\d+))(?!\w)|:")
-    return _Lexicon(pattern, meanings, known["guidance"])
+    neutral = known["neutral"]
+    return _Lexicon(
+        pattern,
+        meanings,
+        known["guidance"],
+        frozenset(neutral["answers"].split()),
+        frozenset(neutral["questions"].split()),
+    )
 
 
 def _from_universal(number: int) -> str:

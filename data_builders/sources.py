@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,6 +42,17 @@ Family = Literal[
 ]
 
 
+# A key that a reader does not look at is refused: who wrote it would believe that it was obeyed.
+IMAGE_READERS = ("yolo", "dota", "coco", "via", "class_folders")
+READ_BY = {
+    "annotations": ("coco", "via", "cases"),
+    "labels": ("yolo", "dota"),
+    "label_attribute": ("via", "cases"),
+    "attributes": ("coco", "via"),
+    **dict.fromkeys(("condition_line", "synonyms", "diagnosis_in_prompt", "pii"), ("cases",)),
+    **dict.fromkeys(("classes", "modality", "exhaustive", "locations", "origin", "images"), IMAGE_READERS),
+    **dict.fromkeys(("questions_per_image", "expected_images", "group"), IMAGE_READERS),
+}
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -61,6 +73,14 @@ class Names(BaseModel):
     condition: str
     gender: Literal["f", "m"] | None = None
 
+    @field_validator("one", "other", "condition")
+    @classmethod
+    def _reads_back(cls, name: str) -> str:
+        """Texts are read back by their words, so that a name must not look like a number or the end of a sentence."""
+        if not name or name != " ".join(name.split()) or re.search(r"[.:;!?\d]", name):
+            raise ValueError(f"{name!r}: a name has no digits, no .:;!? and single blanks between its words")
+        return name
+
 
 class Advice(BaseModel):
     """What is generally done or thought of a disease, in each language; never a statement about a patient."""
@@ -73,15 +93,14 @@ class Advice(BaseModel):
 class Term(BaseModel):
     """One entry of the vocabulary; where it is shown, the image is never said to be free of `not_free_of`.
 
-    `gradable` says that it comes in degrees, so that a missing grade is worth a word. `guidance` is worded as general
-    guidance, word for word: `follow_up`, `urgency`, and `differential`, what can look alike.
+    `guidance` is worded as general guidance, word for word: `follow_up`, `urgency`, and `differential`, what can look
+    alike.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["pathology", "sound", "structure"]
     icd10cm: str | None = None
     not_free_of: tuple[str, ...] = ()
-    gradable: bool = False
     guidance: Mapping[Literal["follow_up", "urgency", "differential"], Advice] = Field(default_factory=dict)
     en: Names
     es: Names
@@ -218,6 +237,17 @@ class Source(BaseModel):
             raise ValueError("`exhaustive` does not go with `origin: model`: what a detector missed may well be there")
         return self
 
+    @model_validator(mode="after")
+    def _has_no_key_without_effect(self) -> Source:
+        fields = type(self).model_fields
+        for key, readers in READ_BY.items():
+            is_set = getattr(self, key) != fields[key].get_default(call_default_factory=True)
+            if is_set and self.reader not in readers:
+                raise ValueError(f"{key!r} has no effect with reader {self.reader}, only with {', '.join(readers)}")
+        if self.min_confidence and self.origin == "human":
+            raise ValueError("'min_confidence' has no effect without `origin: model`: people state no confidence")
+        return self
+
     def resolve(self, raw: int | str) -> Label | None:
         """The meaning of a raw label, or `None` where the class map ignores it.
 
@@ -232,16 +262,23 @@ class Source(BaseModel):
                 return Label("tooth", parse_tooth_type(str(raw)))
         except ValueError as error:
             raise UnknownLabel(str(error)) from None
-        if raw not in self.classes:
+        key = raw if raw in self.classes else str(raw)  # in `{"0": caries}` the id is a text
+        if key not in self.classes:
             raise UnknownLabel(f"label {raw!r} is not in the class map ({self.class_map_text()})")
-        name = self.classes[raw]
+        name = self.classes[key]
         return None if name is None else Label(name)
 
     def class_map_text(self) -> str:
         """The class map in one line, for messages."""
         if isinstance(self.classes, str):
             return self.classes
-        return ", ".join(f"{raw}: {name or 'null'}" for raw, name in (self.classes or {}).items())
+        return ", ".join(f"{_spell_key(raw)}: {name or 'null'}" for raw, name in (self.classes or {}).items())
+
+
+def _spell_key(raw: int | str) -> str:
+    """A key of a class map, in quotes where it would not be seen for what it is without them."""
+    is_plain = isinstance(raw, int) or (raw == raw.strip() != "" and not raw.isdigit())
+    return str(raw) if is_plain else repr(raw)
 
 
 class SourcesFile(BaseModel):
@@ -273,20 +310,45 @@ class SourcesFile(BaseModel):
         return load_vocabulary(self.vocabulary)
 
 
-@lru_cache
 def load_vocabulary(extra: Path | None = None) -> Vocabulary:
-    """Read the vocabulary of findings, with a user's additions where a file is given."""
+    """Read the vocabulary of findings, with a user's additions where a file is given; again once that has changed."""
+    try:
+        state = extra and extra.stat()
+    except OSError:
+        state = None  # reading it says what is wrong
+    return _load_vocabulary(extra, state and (state.st_mtime_ns, state.st_size))
+
+
+@lru_cache
+def _load_vocabulary(extra: Path | None, _state: tuple[int, int] | None) -> Vocabulary:
     entries = yaml.safe_load(files("data_builders.compose").joinpath("vocabulary.yaml").read_text(encoding="utf-8"))
     if extra is not None:
         entries |= read_yaml(extra)
-    try:
-        terms = {name: Term.model_validate(entry) for name, entry in entries.items()}
-    except ValidationError as error:
-        raise SourcesError(f"{extra}: {_first_errors(error)}") from None
+    terms = {}
+    for label, entry in entries.items():
+        try:
+            terms[label] = Term.model_validate(entry)
+        except ValidationError as error:
+            raise SourcesError(f"{extra}: {label}: {_first_errors(error)}") from None
+    _check_spellings(extra, terms)
     for name, term in terms.items():
-        for other in set(term.not_free_of) - set(terms):
+        for other in sorted(set(term.not_free_of) - set(terms)):
             raise SourcesError(f"{extra}: {name}: not_free_of names {other!r}, which is not in the vocabulary")
     return terms
+
+
+def _check_spellings(path: Path | None, terms: Vocabulary) -> None:
+    """Two findings that are called alike could be denied and affirmed of one image; Spanish needs the gender."""
+    for language in get_args(Language):
+        owner: dict[str, str] = {}
+        for label, term in terms.items():
+            names: Names = getattr(term, language)
+            if language == "es" and names.gender is None:
+                raise SourcesError(f"{path}: {label}: es needs a gender, f or m")
+            for name in (names.one, names.other, names.condition):
+                spelling = re.sub(r"^(an?|una?) ", "", name.casefold())
+                if owner.setdefault(spelling, label) != label:
+                    raise SourcesError(f"{path}: {label} and {owner[spelling]} are both called {spelling!r}")
 
 
 def load_sources(path: Path) -> SourcesFile:
@@ -302,11 +364,12 @@ def load_sources(path: Path) -> SourcesFile:
 def validate_sources(document: dict, path: Path) -> SourcesFile:
     """Validate the content of the sources file `path`, and put the paths in it below its folder."""
     base = path.resolve().parent
-    for source in document.get("sources") or []:
+    sources = document.get("sources")
+    for source in sources if isinstance(sources, list) else ():
         if isinstance(source, dict) and isinstance(source.get("root"), str):
-            source["root"] = base / Path(source["root"]).expanduser()
+            source["root"] = base / os.path.expanduser(source["root"])
     if isinstance(document.get("vocabulary"), str):
-        document["vocabulary"] = base / document["vocabulary"]
+        document["vocabulary"] = base / os.path.expanduser(document["vocabulary"])
     try:
         loaded = SourcesFile.model_validate({**document, "path": path})
     except ValidationError as error:

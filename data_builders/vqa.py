@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from data_builders.audit import SourceContent, count_problems, find_alike, pick_unique, read_sources
+from data_builders.audit import (
+    SourceContent,
+    count_problems,
+    find_alike,
+    find_same_pictures,
+    pick_unique,
+    read_sources,
+)
 from data_builders.chat import SPLITS, Row
 from data_builders.claims import place_findings
-from data_builders.compose.rows import Balanced, Drafted, balance, compose_rows
+from data_builders.compose.rows import Chosen, Drafted, choose_rows, compose_rows
 from data_builders.dataset_card import write_vqa_card
 from data_builders.dataset_folder import (
     BLOCKING,
@@ -29,6 +36,7 @@ from data_builders.dataset_folder import (
 )
 from data_builders.gallery import write_gallery
 from data_builders.images import read_stored
+from data_builders.label_evidence import shown_labels
 from data_builders.licences import combine_terms
 from data_builders.records import ImageRecord, Problem, Split
 from data_builders.sources import Source, SourcesFile, Vocabulary
@@ -65,8 +73,10 @@ def build_vqa(
         contents = read_sources(sources_file, workers=workers, progress=progress)
     records = _pick_usable(sources_file, contents, strict=strict)
     sources = {source.name: source for source in sources_file.sources}
-    records = _with_groups(records, sources, sources_file.terms(), alike=find_alike(contents))
-    composed = _compose_all(records, sources_file, sources, seed, progress=progress)
+    shown = Shown(contents)
+    groups = group_records(records, sources, find_alike(contents))
+    records = _with_groups(records, groups, shown, sources_file.terms())
+    composed = _compose_all(records, shown, sources_file, sources, seed, progress=progress)
     splits, kept = _split_and_balance(composed, sources_file, seed)
     rows = {split: own.rows for split, own in kept.items()}
     pictures = Pictures(records)
@@ -101,7 +111,7 @@ def _pick_usable(sources_file: SourcesFile, contents: Sequence[SourceContent], *
 
 def _split_and_balance(
     composed: Sequence[tuple[ImageRecord, list[Drafted]]], sources_file: SourcesFile, seed: int
-) -> tuple[dict[str, Split], dict[str, Balanced]]:
+) -> tuple[dict[str, Split], dict[str, Chosen]]:
     """The split of each group, and the rows that stay in each split."""
     splits = split_groups(
         [record.group_id for record, _ in composed],
@@ -112,7 +122,7 @@ def _split_and_balance(
     by_split: dict[str, list[Drafted]] = {split: [] for split in SPLITS}
     for record, rows in composed:
         by_split[splits[record.group_id]] += rows
-    kept = {split: balance(items, cap=sources_file.questions.cap) for split, items in by_split.items()}
+    kept = choose_rows(by_split, sources_file, seed=seed)
     if not any(own.rows for own in kept.values()):
         raise BuildError(f"{sources_file.path}: the annotations support no question; run `dentalgemma audit`")
     return splits, kept
@@ -144,23 +154,41 @@ class Pictures:
                 yield Problem("orientation_baked", "info", record.path, None, message)
 
 
+class Shown:
+    """What all annotations of a picture show, also those of its copies and of files that are not built."""
+
+    def __init__(self, contents: Sequence[SourceContent]) -> None:
+        self._pictures = find_same_pictures(contents)
+        self._told: dict[Hashable, set[tuple[str, str, int]]] = defaultdict(set)  # source, label, how many
+        for content in contents:
+            for record in content.records:
+                if record.image_id:
+                    told = Counter(shown_labels(record)).items()
+                    picture = self._pictures.find(record.image_id)
+                    self._told[picture].update((record.source, label, number) for label, number in told)
+
+    def elsewhere(self, record: ImageRecord) -> set[str]:
+        """The labels that others show on the same picture: other sources, and copies in its own source.
+
+        A copy with as many of a label was annotated together with the record, and tells nothing new of it.
+        """
+        own = Counter(shown_labels(record))
+        told = self._told[self._pictures.find(record.image_id)]
+        return {label for source, label, number in told if source != record.source or number != own[label]}
+
+
 def _with_groups(
-    records: Sequence[ImageRecord],
-    sources: Mapping[str, Source],
-    vocabulary: Vocabulary,
-    *,
-    alike: Iterable[tuple[str, str]],
+    records: Sequence[ImageRecord], groups: Sequence[str], shown: Shown, vocabulary: Vocabulary
 ) -> list[ImageRecord]:
     """Give each record its group and finding ids without file names.
 
-    A label also ceases to be deniable where another source shows it on the same picture, or where something is shown
-    that the vocabulary calls not free of it: what has deep caries has caries.
+    A label also ceases to be deniable where it is shown elsewhere on the same picture, or where something is shown that
+    the vocabulary calls not free of it: what has deep caries has caries.
     """
-    shown = _shown_labels(records)
     ready = []
-    for record, group_id in zip(records, group_records(records, sources, alike), strict=True):
+    for record, group_id in zip(records, groups, strict=True):
         own = {finding.label for finding in record.findings}
-        elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
+        elsewhere = shown.elsewhere(record)
         not_free_of = {name for label in own | elsewhere for name in vocabulary[label].not_free_of} - own
         deniable = tuple(label for label in record.exhaustive if label not in elsewhere | not_free_of)
         findings = tuple(
@@ -171,16 +199,9 @@ def _with_groups(
     return sorted(ready, key=lambda record: (record.source, record.image_id or ""))
 
 
-def _shown_labels(records: Iterable[ImageRecord]) -> dict[str | None, set[tuple[str, str]]]:
-    """Source and label of everything that is shown on a picture, over all sources."""
-    shown: dict[str | None, set[tuple[str, str]]] = defaultdict(set)
-    for record in records:
-        shown[record.image_id].update((record.source, finding.label) for finding in record.findings)
-    return shown
-
-
 def _compose_all(
     records: Sequence[ImageRecord],
+    shown: Shown,
     sources_file: SourcesFile,
     sources: Mapping[str, Source],
     seed: int,
@@ -188,11 +209,9 @@ def _compose_all(
     progress: bool,
 ) -> list[tuple[ImageRecord, list[Drafted]]]:
     """The images that something is asked about, with their rows; others must not take a place in a split."""
-    shown = _shown_labels(records)
     composed = []
     for record in track(records, "Composing", console=Console(stderr=True), disable=not progress):
-        elsewhere = {label for source, label in shown[record.image_id] if source != record.source}
-        rows = list(compose_rows(record, sources[record.source], sources_file, seed, elsewhere))
+        rows = list(compose_rows(record, sources[record.source], sources_file, seed, shown.elsewhere(record)))
         if rows:
             composed.append((record, rows))
     return composed

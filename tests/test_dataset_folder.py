@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from datasets import load_dataset
 
 from data_builders import dataset_folder
 from data_builders.chat import Row, answer_messages, prompt_messages
-from data_builders.dataset_folder import BuildError, new_folder, write_jsonl, write_report, write_rows
+from data_builders.dataset_folder import BuildError, check_replaceable, new_folder, write_jsonl, write_report, write_rows
 
 
 def rows_about(*image_ids, per_image=1):
@@ -261,3 +262,13 @@ def test_folders_whose_names_only_begin_alike_are_left_alone(tmp_path):
 def test_a_mount_point_is_refused_before_anything_is_built():
     with pytest.raises(BuildError, match="is a mount point"), new_folder("/proc"):
         pytest.fail("nothing may be built")
+
+
+def test_what_is_no_folder_is_never_replaced(tmp_path):
+    """As root a build with `--out /dev/null` would put a dataset in the place of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path(os.devnull)):
+        with pytest.raises(BuildError, match="is no folder"):
+            check_replaceable(path)
+    assert pipe.is_fifo() and not Path(os.devnull).is_dir()

@@ -13,7 +13,8 @@ from data_builders.gallery import describe_claim, take_turns
 from data_builders.sources import load_sources, load_vocabulary
 from data_builders.vqa import build_vqa
 
-HOSTILE = "</td></script><script>document.title='PWNED'</script><img src=x onerror=document.title='PWNED'>"
+# Without the marks that a name may not have.
+HOSTILE = "</td></script><script>document['title']='PWNED'</script><img src=x onerror=document['title']='PWNED'>"
 
 
 def page_data(folder):

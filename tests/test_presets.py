@@ -155,7 +155,7 @@ def test_the_photographs_are_read_as_cavities_and_normal_teeth(report, truth):
 
     assert report["cavity_photos"]["reader"] == "dota"
     assert counted(report["cavity_photos"]) == {
-        "caries": labels["caries"],
+        "carious_tooth": labels["caries"],
         "healthy_tooth": labels.total() - labels["caries"],
     }
 

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_builders.claims import SEVERITY, Claim
-from data_builders.compose.rows import balance, compose_rows
+from data_builders.compose.questions import compose_pairs
+from data_builders.compose.rows import choose_rows, compose_rows
+from data_builders.compose.wording import load_phrases
 from data_builders.phantom import CONDITIONS, make_phantoms
-from data_builders.proof import check_row, check_text
+from data_builders.proof import check_claims, check_row, check_text
+from data_builders.reading import read_text
 from data_builders.records import Finding, ImageRecord
-from data_builders.sources import Source, SourcesFile, load_vocabulary
+from data_builders.sources import Questions, Source, SourcesError, SourcesFile, load_vocabulary
 
 VOCABULARY = load_vocabulary()
 KINDS = ("panoramic", "intraoral_photo", "flipped", "detector")
@@ -74,7 +77,7 @@ def test_ten_thousand_rows_agree_with_their_annotations_both_ways(composed):
 
 
 def test_no_answer_can_be_had_from_its_question_beyond_the_stated_cap(composed):
-    balanced = balance([(row, pair) for row, pair, _ in composed], cap=0.5)
+    balanced = choose_rows({"train": [(row, pair) for row, pair, _ in composed]}, sources(), seed=1)["train"]
 
     print("\nmajority-answer baseline per family, of", len(balanced.rows), "rows:")
     for family, share in balanced.baselines.items():
@@ -90,8 +93,26 @@ def test_no_answer_can_be_had_from_its_question_beyond_the_stated_cap(composed):
     assert max(answers.most_common(1)[0][1] / answers.total() for answers in often.values()) < 0.7
 
 
+@pytest.mark.parametrize("language", ["en", "es"])
+def test_every_phrase_is_made_of_words_that_can_be_read(language):
+    """Also those that no phantom needs."""
+    phrases = load_phrases(language)
+    unread = []
+    for family, kinds in phrases.items():
+        for kind, texts in kinds.items() if isinstance(kinds, dict) else ():
+            for text in texts if isinstance(texts, list) else ():
+                words = re.sub(r"\{\w+\}", ":", text.replace("{universal}", "17"))
+                question = "question" in kind or family == "dialogue"
+                unread += [(family, word) for word in read_text(words, language, VOCABULARY, question=question).unknown]
+
+    assert unread == []
+
+
 def test_yes_and_no_are_equally_many_for_each_condition(composed):
-    balanced = {row["row_id"] for row in balance([(row, pair) for row, pair, _ in composed]).rows}
+    balanced = {
+        row["row_id"]
+        for row in choose_rows({"train": [(row, pair) for row, pair, _ in composed]}, sources(), seed=1)["train"].rows
+    }
     verdicts = Counter(
         (row["source"], row["language"], pair.asks, pair.verdict)
         for row, pair, _ in composed
@@ -101,6 +122,29 @@ def test_yes_and_no_are_equally_many_for_each_condition(composed):
     assert verdicts
     for (source, language, asks, verdict), number in verdicts.items():
         assert verdicts[source, language, asks, not verdict] == number
+
+
+def test_a_small_split_is_not_emptied_by_the_balance(composed):
+    """What could be guessed is judged over all splits: a single row of a question says nothing about it."""
+    items = [(row, pair) for row, pair, _ in composed if row["question_type"] == "location"]
+    balanced = choose_rows({"train": items[40:], "test": items[:40]}, sources(), seed=1)
+
+    assert len(balanced["test"].rows) > 30
+    assert balanced["train"].baselines["location"] <= 0.5
+
+
+def test_an_image_gets_as_many_questions_as_asked_for_from_what_the_balance_left(composed):
+    loaded = sources().model_copy(update={"questions": Questions(per_image=2, weights={"dialogue": 0.0})})
+    items = [(row, pair) for row, pair, _ in composed if row["source"] == "panoramic" and pair.history == ()]
+    rows = choose_rows({"train": items}, loaded, seed=1)["train"].rows
+    per_image = Counter((row["image_id"], row["language"]) for row in rows)
+
+    assert max(per_image.values()) == 2
+    assert len(rows) > 0.85 * 2 * len({(row["image_id"], row["language"]) for row, _ in items})
+    pairs = {(row["image_id"], row["question_type"], row["claims"]): set() for row in rows}
+    for row in rows:
+        pairs[row["image_id"], row["question_type"], row["claims"]].add(row["language"])
+    assert all(languages == {"en", "es"} for languages in pairs.values())
 
 
 # What is changed in the words: in each language, what stands there and what is put in its place.
@@ -128,17 +172,17 @@ SWAPS = {
             "Nothing abnormal": "Abnormal",
         },
         "count": {
-            r"an? (?=FINDING)": "two ",
+            r"(?:an?|one) (?=FINDING)": "two ",
             r"two (?=FINDING)": "three ",
             r"three (?=FINDING)": "two ",
             r"four (?=FINDING)": "three ",
             r"\d+ (?=of the|FINDING|in the)": "9 ",
         },
-        "modality": {"panoramic radiograph": "intraoral photograph", "intraoral photograph": "bitewing radiograph"},
+        "modality": {"panoramic radiograph": "clinical photograph", "clinical photograph": "bitewing radiograph"},
         "severity": {
             "mild": "severe",
             "severe": "moderate",
-            "cannot be determined from this image alone": "is severe",
+            "cannot be determined from this image alone": "is on the patient's left",
         },
         "hedge": {"possible ": "", "Possible ": ""},
     },
@@ -148,8 +192,8 @@ SWAPS = {
             "región maxilar": "región mandibular",
             "región mandibular": "región maxilar",
             "región maxilar anterior": "región maxilar derecha",
-            "en el maxilar": "en la mandíbula",
-            "en la mandíbula": "en el maxilar",
+            "arcada superior": "arcada inferior",
+            "arcada inferior": "arcada superior",
             "superior": "inferior",
             "inferior": "superior",
         },
@@ -169,16 +213,16 @@ SWAPS = {
             r"dos (?=FINDING)": "tres ",
             r"tres (?=FINDING)": "dos ",
             r"cuatro (?=FINDING)": "tres ",
-            r"\d+ (?=de los|FINDING|en el|en la)": "9 ",
+            r"\d+ (?=de los|FINDING|en la)": "9 ",
         },
         "modality": {
-            "radiografía panorámica": "fotografía intraoral",
-            "fotografía intraoral": "radiografía periapical",
+            "radiografía panorámica": "fotografía clínica",
+            "fotografía clínica": "radiografía periapical",
         },
         "severity": {
-            "leve": "grave",
-            "grave": "moderada",
-            "no se puede determinar solo con esta imagen": "es grave",
+            "leve": "severa",
+            "severa": "moderada",
+            "no se puede determinar solo con esta imagen": "está a la izquierda del paciente",
         },
         "hedge": {"posible ": "", "Posible ": "", "posibles ": ""},
     },
@@ -357,23 +401,162 @@ def test_the_record_of_another_image_does_not_carry_a_row(composed):
             assert check_row(row, other, VOCABULARY)
 
 
+RING = ((0.75, 0.6), (0.85, 0.6), (0.85, 0.8), (0.75, 0.8))
+CARIES = Finding("f", "caries", "box", (RING,))
+
+
+def panoramic(*findings, **changed):
+    record = ImageRecord(Path("a"), "a", 100, 50, "panoramic", "s", "g", None, (), findings)
+    return replace(record, **changed)
+
+
 @pytest.mark.parametrize(
-    ("question", "answer", "says"),
+    ("language", "answer"),
     [
-        ("Is there caries on this panoramic radiograph?", "Yes, it shows caries and gingivitis.", "gingivitis"),
-        ("Is there caries on this panoramic radiograph?", "Yes, it shows severe caries.", "severe"),
-        ("Is there caries on this panoramic radiograph?", "Yes, it shows caries on the left.", "left"),
-        ("Is there caries on this x-ray of tooth 36?", "Yes, it shows caries.", "teeth"),
-        ("Is there caries on this photograph?", "Yes, it shows caries.", "intraoral_photo"),
-        ("Is there caries in the left mandibular region?", "Yes, it shows caries.", "left_mandibular"),
+        ("en", "Yes, this panoramic radiograph does not show caries."),
+        ("en", "Yes, caries has been ruled out."),
+        ("en", "Yes, this panoramic radiograph shows caries and a cyst."),
+        ("en", "Yes, this panoramic radiograph shows caries and gingivitis."),
+        ("en", "Yes, this panoramic radiograph shows caries, otherwise unremarkable."),
+        ("en", "Yes, this panoramic radiograph shows caries. Urgent treatment with antibiotics is needed."),
+        ("en", "Yes, this panoramic radiograph shows extensive caries."),
+        ("en", "Yes, this panoramic radiograph shows severe caries."),
+        ("en", "Yes, this panoramic radiograph shows several carious lesions."),
+        ("en", "Yes, this panoramic radiograph shows eleven carious lesions."),
+        ("en", "Yes, this panoramic radiograph shows caries in upper molars."),
+        ("en", "Yes, this panoramic radiograph shows caries on the left."),
+        ("en", "Yes, this panoramic radiograph shows caries of UL6."),
+        ("en", "Yes, this OPG shows caries."),
+        ("en", "Yes, this x-ray shows caries."),
+        ("en", "Yes, this photograph shows caries."),
+        ("en", "Yes, this panoramic radiograph shows cari\u200bes."),
+        ("en", "Yes, this panoramic radiograph shows caries and crοwn."),  # a Greek letter
+        ("en", "No, this panoramic radiograph shows caries."),
+        ("en", "Possibly: caries."),
+        ("en", "Caries."),  # a yes/no question without a yes or no
+        ("en", "Yes, caries. As general guidance, not about this patient: extract tooth 18 on the left today."),
+        ("es", "Sí, en esta radiografía panorámica no se observa caries."),
+        ("es", "Sí, esta radiografía panorámica muestra caries extensa."),
+        ("es", "Sí, esta radiografía panorámica muestra caries en la arcada superior izquierda."),
+        ("es", "Sí, esta ortopantomografía muestra caries."),
+        ("es", "Yes, this panoramic radiograph shows caries."),
     ],
 )
-def test_what_no_claim_states_may_not_be_said(question, answer, says):
-    ring = ((0.75, 0.6), (0.85, 0.6), (0.85, 0.8), (0.75, 0.8))
-    record = ImageRecord(
-        Path("a"), "a", 100, 50, "panoramic", "s", "g", None, (), (Finding("f", "caries", "box", (ring,)),)
-    )
+def test_what_no_claim_states_may_not_be_said(language, answer):
+    record, claims = panoramic(CARIES), (Claim("caries", annotations=("f",)),)
+    question, right = {
+        "en": ("Is there caries on this panoramic radiograph?", "Yes, this panoramic radiograph shows caries."),
+        "es": ("¿Hay caries en esta radiografía panorámica?", "Sí, esta radiografía panorámica muestra caries."),
+    }[language]
+
+    def check(said):
+        return check_text(question, said, claims, record, language, VOCABULARY, question_type="presence")
+
+    assert check(right) == []
+    assert check(answer)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is there caries on this photograph?",
+        "Is there caries of tooth 36?",
+        "Is there caries in the left mandibular region?",
+        "Is there severe caries?",
+        "Are there three carious lesions?",
+        "Is there no sign of caries?",
+        "Is there an abscess?",
+        "Is there gingivitis?",
+        "Is there caries? As general guidance, not about this patient: yes.",
+    ],
+)
+def test_a_question_states_nothing_and_asks_for_what_is_answered(question):
     claims = (Claim("caries", annotations=("f",)),)
 
-    assert check_text("Is there caries?", "Yes, it shows caries.", claims, record, "en", VOCABULARY) == []
-    assert says in " ".join(check_text(question, answer, claims, record, "en", VOCABULARY))
+    assert check_text(question, "Yes: caries.", claims, panoramic(CARIES), "en", VOCABULARY, question_type="presence")
+
+
+@pytest.mark.parametrize(
+    ("claim", "finding"),
+    [
+        (Claim("caries", region="upper_left", negated=True), {"parts": (((0.2, 0.25), (0.8, 0.25), (0.8, 0.4)),)}),
+        (Claim("caries", side="left", negated=True), {"parts": (((0.2, 0.25), (0.8, 0.25), (0.8, 0.4)),)}),
+        (Claim("caries", region="maxillary", negated=True), {"parts": (), "shape": "image"}),
+        (Claim("caries", region="upper_left", negated=True), {"parts": (((0.49, 0.2), (0.52, 0.2), (0.52, 0.3)),)}),
+        (Claim("caries", tooth="36", negated=True), {}),
+        (Claim("tooth", tooth="38", negated=True), {"label": "impacted_tooth"}),
+    ],
+)
+def test_a_denial_falls_where_something_may_lie(claim, finding):
+    record = panoramic(replace(CARIES, **finding), exhaustive=("caries", "tooth"))
+
+    assert check_claims([claim], record)
+    assert not check_claims([claim], replace(record, findings=()))
+
+
+@pytest.mark.parametrize("changed", [{"locations": False}, {"modality": "intraoral_photo"}])
+def test_a_tooth_number_is_a_place(changed):
+    numbered = panoramic(replace(CARIES, tooth="36"), exhaustive=("tooth",))
+    teeth = tuple(Finding(f"t{n}", "tooth", "box", (RING,), tooth=n) for n in ("11", "21"))
+    claim = Claim("caries", tooth="36", annotations=("f",))
+
+    assert check_claims([claim], numbered) == []
+    assert check_claims([claim], replace(numbered, **changed))
+    for record in (replace(numbered, **changed), panoramic(*teeth, exhaustive=("tooth",), **changed)):
+        composed = list(compose_pairs(record, vocabulary=VOCABULARY, language="en", seed=1))
+        assert not {"tooth_number", "completeness"} & {pair.question_type for pair in composed}
+
+
+def test_what_names_all_leaves_nothing_out(composed):
+    tried = 0
+    for row, _, record in composed:
+        if row["question_type"] == "structured_report" and len(record.findings) > 1:
+            extra = replace(CARIES, finding_id="extra", label="gingivitis")
+            wrong = check_row(row, replace(record, findings=(*record.findings, extra)), VOCABULARY)
+            assert any("leaves out extra" in problem for problem in wrong)
+            tried += 1
+    assert tried > 50
+
+
+@pytest.mark.parametrize(
+    "claims",
+    ["[]", "null", "{}", '{"schema_version":2,"claims":[]}', '{"schema_version":2,"claims":[{"label":["a"]}]}',
+     '{"schema_version":2,"claims":[{"label":"caries","count":true,"annotations":["f"]}]}',
+     '{"schema_version":2,"claims":[{"label":"caries","annotations":["f"]},{"label":"caries","annotations":["f"]}]}'],
+)  # fmt: skip
+def test_claims_of_another_form_are_a_finding_and_no_crash(claims):
+    row = {
+        "prompt": [{"role": "user", "content": "Is there caries?"}],
+        "completion": [{"role": "assistant", "content": "Yes: caries."}],
+        "language": "en", "question_type": "presence", "claims": claims,
+    }  # fmt: skip
+
+    assert check_row(row, panoramic(CARIES), VOCABULARY)
+
+
+def test_turns_in_another_order_and_other_languages_are_refused(composed):
+    row, _, record = composed[0]
+    user, assistant = row["prompt"][-1:], row["completion"]
+
+    assert check_row({**row, "prompt": assistant, "completion": user}, record, VOCABULARY)
+    smuggled = [*row["prompt"], {"role": "system", "content": "It is in the right maxilla."}]
+    assert check_row({**row, "prompt": smuggled}, record, VOCABULARY)
+    assert check_row({**row, "language": "xx"}, record, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"one": "carious lesion", "other": "root lesions", "condition": "root caries"},  # another finding's name
+        {"one": "tooth 38 problem", "other": "problems", "condition": "a problem"},
+        {"one": "st. lesion", "other": "lesions", "condition": "a lesion"},
+        {"one": " lesion", "other": "lesions", "condition": "a lesion"},
+    ],
+)
+def test_names_that_cannot_be_read_back_are_refused(tmp_path, names):
+    path = tmp_path / "vocabulary.yaml"
+    spanish = {"one": "cosa", "other": "cosas", "condition": "una cosa", "gender": "f"}
+    path.write_text(json.dumps({"own": {"kind": "pathology", "en": names, "es": spanish}}))
+
+    with pytest.raises(SourcesError, match=r"own"):
+        load_vocabulary(path)

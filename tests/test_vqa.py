@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,89 @@ def test_two_sources_on_one_picture_do_not_contradict_each_other(tmp_path):
     assert kinds == {"findings_location", "location", "structured_report"}  # which disease it is, has two answers
 
 
+def textured(folder, name, seed, *, mirrored=False):
+    """A picture with structure, so that it is known again in other pixels."""
+    small = random.Random(seed).randbytes(24 * 12)
+    picture = Image.frombytes("L", (24, 12), small).resize((480, 240), Image.Resampling.BICUBIC)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "labels").mkdir(exist_ok=True)
+    if mirrored:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    picture.save(folder / "images" / name, **({"quality": 80} if name.endswith("jpg") else {}))
+
+
+def write_labels(folder, name, lines):
+    (folder / "labels" / f"{name}.txt").write_text(lines)
+
+
+CARIES, INFECTION = "0 .2 .3 .1 .1\n", "1 .8 .7 .1 .1\n"
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_no_source_denies_what_another_shows_on_the_same_picture_in_other_pixels(tmp_path, mirrored):
+    """Source a as PNG, source b as JPEG of the same picture: each shows what the other would deny."""
+    entry = "reader: yolo, modality: panoramic, classes: {0: caries, 1: infection}, exhaustive: [caries, infection]"
+    for name, file, lines in (("a", "x.png", CARIES), ("b", "y.jpg", INFECTION)):
+        textured(tmp_path / name, file, seed=1, mirrored=mirrored and name == "b")
+        write_labels(tmp_path / name, file[0], lines)
+    text = "".join(f"  - {{name: {name}, root: {name}, {entry}}}\n" for name in "ab")
+    (tmp_path / "s.yaml").write_text(HEAD + text)
+
+    records = [json.loads(line) for line in built_records(tmp_path / "s.yaml", tmp_path / "out")]
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    claims = [claim for row in rows for claim in claims_from_json(row["claims"])]
+
+    assert len({row["image_id"] for row in rows}) == 2
+    assert len({row["group_id"] for row in rows}) == 1
+    assert [record["exhaustive"] for record in records] == [["caries"], ["infection"]]
+    assert not [claim for claim in claims if claim.negated and claim.region is None]
+
+
+def test_no_image_denies_what_a_copy_in_its_own_source_shows(tmp_path):
+    sources = yolo_source(tmp_path / "s", "")
+    shutil.rmtree(tmp_path / "s" / "images")
+    for file, lines in (("x.png", CARIES), ("y.jpg", INFECTION), ("other.png", CARIES)):
+        textured(tmp_path / "s", file, seed=file == "other.png")
+        write_labels(tmp_path / "s", file.split(".")[0], lines)
+    for number in range(3):
+        (tmp_path / "s" / "labels" / f"p{number}.txt").unlink()
+    records = [json.loads(line) for line in built_records(sources, tmp_path / "out")]
+
+    by_label = sorted(([f["label"] for f in r["findings"]], r["exhaustive"]) for r in records)
+    assert by_label == [
+        (["caries"], ["caries"]),
+        (["caries"], ["caries", "infection"]),
+        (["infection"], ["infection"]),
+    ]
+
+
+def test_copies_that_were_annotated_together_keep_their_questions(tmp_path):
+    sources = yolo_source(tmp_path / "s", "")
+    shutil.rmtree(tmp_path / "s" / "images")
+    for file in ("p0.png", "p1.jpg", "p2.png"):
+        textured(tmp_path / "s", file, seed=file == "p2.png")
+        write_labels(tmp_path / "s", file.split(".")[0], CARIES)
+
+    records = [json.loads(line) for line in built_records(sources, tmp_path / "out")]
+
+    assert [record["exhaustive"] for record in records] == [["caries", "infection"]] * 3
+
+
+def test_what_a_file_that_is_not_built_shows_is_not_denied_either(tmp_path):
+    """Source a contradicts itself, so that neither of its files is built; it may still be right about caries."""
+    both = two_sources_on_one_picture(tmp_path, CARIES, INFECTION)
+    shutil.copy(tmp_path / "a" / "images" / "p0.png", tmp_path / "a" / "images" / "q.png")
+    write_labels(tmp_path / "a", "q", INFECTION)
+    (record,) = [json.loads(line) for line in built_records(both, tmp_path / "out")]
+
+    assert (record["source"], record["exhaustive"]) == ("b", [])
+
+
+def built_records(sources, out):
+    build(sources, out)
+    return (out / "records.jsonl").read_text().splitlines()
+
+
 def built_claims(sources, out):
     build(sources, out)
     return [c for row in pq.read_table(out / "data").to_pylist() for c in claims_from_json(row["claims"])]
@@ -329,7 +413,7 @@ def test_a_file_is_no_folder_to_build_into(tmp_path):
     sources = yolo_source(tmp_path / "s", "0 .2 .7 .1 .1\n")
     (tmp_path / "out").write_text("mine")
 
-    with pytest.raises(BuildError, match="is a file"):
+    with pytest.raises(BuildError, match="is no folder"):
         build(sources, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

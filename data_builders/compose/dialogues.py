@@ -28,8 +28,11 @@ def _narrow_down(scene: Scene, words: Wording, families: Mapping) -> list[Pair]:
     """Which disease is it, and where is it?"""
     if not scene.only_disease or not scene.located or len(scene.single) != 1:
         return []
+    places = [name for name in PLACES if name in families]
+    if "diagnosis" not in families or not places:
+        return []
     first = next(families["diagnosis"](scene, words), None)
-    where = next(families[scene.rng.choice(PLACES)](scene, words), None)
+    where = next(families[scene.rng.choice(places)](scene, words), None)
     if first is None or where is None:
         return []
     question = words.draw("dialogue", where.question_type)
@@ -38,5 +41,5 @@ def _narrow_down(scene: Scene, words: Wording, families: Mapping) -> list[Pair]:
 
 def _ask_in_turn(scene: Scene, words: Wording, families: Mapping) -> list[Pair]:
     """Is there one disease, and is there another?"""
-    pairs = list(families["presence"](scene, words))
+    pairs = list(families["presence"](scene, words)) if "presence" in families else []
     return scene.rng.sample(pairs, 2) if len(pairs) > 1 else []

@@ -68,7 +68,8 @@ def compose_region(scene: Scene, words: Wording) -> Iterator[Pair]:
         return
     claims = scene.claims_by_place(scene.pathology)
     free = regions_without(claims) if scene.deniable else ()
-    taken = [region for region in dict.fromkeys(claim.region for claim in claims) if region]
+    crossed = {claim.region.removeprefix("bilateral_") for claim in claims if claim.region.startswith("bilateral_")}
+    taken = sorted({claim.region for claim in claims if claim.region.split("_")[1] not in crossed})
     chosen = [scene.rng.choice(regions) for regions in (taken, free) if regions]
     for region in chosen:
         if own := tuple(claim for claim in claims if claim.region == region):

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from data_builders.claims import (
     IMAGE,
-    SEVERITY,
     Claim,
     Placed,
     claim_present,
@@ -30,12 +29,20 @@ Compose = Callable[[Scene, Wording], Iterator[Pair]]
 
 
 def _diagnosis(scene: Scene, words: Wording) -> Iterator[Pair]:
-    """Which disease it is, where there is one kind of it, in whatever source."""
+    """Which disease it is, where there is one kind of it, in whatever source; and of images that have none.
+
+    A question that only diseased images are asked would tell that there is a disease.
+    """
+    image = words.image(scene.modality)
     if label := scene.only_disease:
         claim = claim_present(label, scene.placed, counted=False)
-        question = words.draw("diagnosis", "questions", image=words.image(scene.modality))
+        question = words.draw("diagnosis", "questions", image=image)
         answer = words.draw("diagnosis", "answers", condition=words.condition(label, hedged=claim.hedged))
         yield Pair("diagnosis", question, answer, (claim,))
+    elif scene.is_free:
+        question = words.draw("diagnosis", "questions", image=image)
+        answer = words.draw("no_findings", "answers", image=image, conditions=words.absent(scene.deniable))
+        yield Pair("diagnosis", question, answer, scene.denials())
 
 
 def _findings(scene: Scene, words: Wording) -> Iterator[Pair]:
@@ -44,8 +51,7 @@ def _findings(scene: Scene, words: Wording) -> Iterator[Pair]:
     An image without disease is asked as one with diseases is: the question must not tell.
     """
     image = words.image(scene.modality)
-    free = not scene.pathology and bool(scene.deniable)
-    family = "findings_location" if scene.located or (free and has_places(scene.record)) else "findings"
+    family = "findings_location" if scene.located or (scene.is_free and has_places(scene.record)) else "findings"
     visible = scene.pathology if family == "findings_location" else _said_without_place(scene)
     claims: tuple[Claim, ...] = ()
     sentences = []
@@ -53,8 +59,8 @@ def _findings(scene: Scene, words: Wording) -> Iterator[Pair]:
         claims = scene.claims_by_place(visible)
         findings = words.list(words.finding(claim) for claim in claims)
         sentences.append(words.draw(family, "answers", image=image, findings=findings))
-    if free:
-        claims += tuple(Claim(label, negated=True) for label in scene.deniable)
+    if scene.is_free:
+        claims += scene.denials()
         sentences.append(words.draw("no_findings", "answers", image=image, conditions=words.absent(scene.deniable)))
     if not sentences:
         return
@@ -90,9 +96,10 @@ def _healthy_or_abnormal(scene: Scene, words: Wording) -> Iterator[Pair]:
     if scene.pathology:
         claims = tuple(claim_present(label, scene.placed, counted=False) for label in scene.pathology_labels)
         conditions = words.list(words.condition(claim.label, hedged=claim.hedged) for claim in claims)
-        answer = words.draw("healthy_or_abnormal", "abnormal", image=image, conditions=conditions)
-    elif scene.deniable and not any(scene.vocabulary[x].kind == "pathology" for x in scene.shown_elsewhere):
-        claims = tuple(Claim(label, negated=True) for label in scene.deniable)
+        kind = "suspected" if any(claim.hedged for claim in claims) else "abnormal"
+        answer = words.draw("healthy_or_abnormal", kind, image=image, conditions=conditions)
+    elif scene.is_free:
+        claims = scene.denials()
         answer = words.draw("healthy_or_abnormal", "nothing", image=image, conditions=words.absent(scene.deniable))
     else:
         return
@@ -113,7 +120,9 @@ def _counting(scene: Scene, words: Wording) -> Iterator[Pair]:
                 findings=names,
                 how_many=words.how_many(label),
             )
-            answer = words.draw("counting", "answers", image=words.image(scene.modality), findings=words.counted(claim))
+            answer = words.draw(
+                "counting", "answers", image=words.image(scene.modality), findings=words.numbered(claim)
+            )
             yield Pair("counting", question, answer, (claim,), asks=label)
 
 
@@ -125,21 +134,15 @@ def _image_type(scene: Scene, words: Wording) -> Iterator[Pair]:
 
 
 def _severity(scene: Scene, words: Wording) -> Iterator[Pair]:
-    """The grade where the annotation gives one; that it cannot be told where there is none."""
+    """The grade, where the annotation gives one."""
     for label in scene.pathology_labels:
-        found = claim_present(label, scene.placed, counted=False)
-        graded = any(item.finding.attributes.get(SEVERITY) for item in scene.of(label))
         if grade := scene.severity(label):
+            found = claim_present(label, scene.placed, counted=False)
             claim = Claim(label, severity=grade, hedged=found.hedged, annotations=found.annotations)
+            form = "one" if count_findings(item.finding for item in scene.of(label)) == 1 else "other"
+            question = words.draw("severity", f"questions_{form}", **words.subject(claim))
             answer = words.draw("severity", "answers", grade=words.phrases["grades"][grade])
-        elif not graded and scene.vocabulary[label].gradable:
-            claim = Claim(label, undetermined="severity", hedged=found.hedged, annotations=found.annotations)
-            answer = words.draw("severity", "undetermined")
-        else:
-            continue  # several grades, or one that has no word here
-        form = "one" if count_findings(item.finding for item in scene.of(label)) == 1 else "other"
-        question = words.draw("severity", f"questions_{form}", **words.subject(claim))
-        yield Pair("severity", question, answer, (claim,), asks=f"{label} {form}")
+            yield Pair("severity", question, answer, (claim,), asks=f"{label} {form}")
 
 
 def _guidance(family: Family) -> Compose:
@@ -180,7 +183,7 @@ FAMILIES: dict[Family, Compose] = {
     "tooth_number": teeth.compose_tooth_number,
     "comparison": places.compose_comparison,
 }
-# A dialogue is made of the pairs of other families; it is not asked unless those it needs are.
+# A dialogue is made of the pairs of the other families that are asked.
 DIALOGUE: Family = "dialogue"
 # Their questions do not name the kind of picture, which would give the answer away.
 NEUTRAL: tuple[Family, ...] = ("image_type", "severity", "side")
@@ -200,12 +203,13 @@ def compose_pairs(
     `shown_elsewhere` are the labels that other sources show on the same picture.
     """
     placed = place_findings(record)
+    asked = {name: compose for name, compose in FAMILIES.items() if name in families}
 
     def ask(family: Family) -> Iterator[Pair]:
         key = f"{seed}/{record.source}/{record.image_id}/{family}"
         scene = Scene(record, placed, vocabulary, random.Random(key), frozenset(shown_elsewhere))
         words = Wording(language, vocabulary, random.Random(f"{key}/{language}"))
-        pairs = dialogues.compose(scene, words, FAMILIES) if family == DIALOGUE else FAMILIES[family](scene, words)
+        pairs = dialogues.compose(scene, words, asked) if family == DIALOGUE else FAMILIES[family](scene, words)
         if family in NEUTRAL:
             yield from pairs
         else:

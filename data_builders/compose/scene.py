@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from data_builders.claims import SEVERITY, Claim, Placed, claim_present, claims_to_json, count_findings
-from data_builders.dentition import JAWS, PERMANENT, REGIONS, TOOTH_TYPES, is_fdi, tooth_type
+from data_builders.dentition import DECIDUOUS, JAWS, PERMANENT, REGIONS, TOOTH_TYPES, is_fdi, tooth_type
 from data_builders.records import ImageRecord, Modality
 from data_builders.sources import Vocabulary
 
@@ -70,6 +70,16 @@ class Scene:
         return tuple(sorted(x for x in self.record.exhaustive if self.vocabulary[x].kind == "pathology"))
 
     @cached_property
+    def is_free(self) -> bool:
+        """Whether no source shows a disease, and the absence of some may be stated."""
+        elsewhere = any(self.vocabulary[label].kind == "pathology" for label in self.shown_elsewhere)
+        return not self.pathology and not elsewhere and bool(self.deniable)
+
+    def denials(self) -> tuple[Claim, ...]:
+        """That there is none of what was looked for."""
+        return tuple(Claim(label, negated=True) for label in self.deniable)
+
+    @cached_property
     def only_disease(self) -> str | None:
         """The disease of the image where there is one kind of it, in whatever source."""
         shown = {x for x in self.shown_elsewhere if self.vocabulary[x].kind == "pathology"}
@@ -96,10 +106,9 @@ class Scene:
     def tooth_types(self) -> tuple[str, ...] | None:
         """The types of the annotated teeth in the order of `TOOTH_TYPES`; `None` unless every tooth has one."""
         teeth = [item.finding.tooth for item in self.teeth]
-        try:
-            types = {tooth_type(tooth) for tooth in teeth if tooth is not None}
-        except ValueError:  # a deciduous molar
+        if any(tooth in DECIDUOUS for tooth in teeth):
             return None
+        types = {tooth_type(tooth) for tooth in teeth if tooth is not None}
         return tuple(kind for kind in TOOTH_TYPES if kind in types) if teeth and None not in teeth else None
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_builders.claims import Claim, claim_present
+from data_builders.claims import Claim, claim_present, has_places
 from data_builders.compose.scene import Pair, Scene
 from data_builders.compose.wording import Wording
 from data_builders.dentition import JAWS, PERMANENT, THIRD_MOLARS, universal
@@ -27,19 +27,18 @@ def compose_tooth_types(scene: Scene, words: Wording) -> Iterator[Pair]:
 
 def compose_completeness(scene: Scene, words: Wording) -> Iterator[Pair]:
     """How many permanent teeth there are and which are not, where every tooth is annotated with its number."""
-    if scene.permanent_teeth is None or "tooth" not in scene.record.exhaustive:
+    if scene.permanent_teeth is None or "tooth" not in scene.record.exhaustive or not has_places(scene.record):
         return
-    if any(
-        item.finding.tooth in PERMANENT and item.finding.tooth not in scene.permanent_teeth for item in scene.placed
-    ):
-        return  # a disease on a tooth that is not among the annotated ones: it is there, perhaps impacted
+    if scene.shown_elsewhere or any(item.finding.tooth not in scene.permanent_teeth for item in scene.placed):
+        return  # something on a tooth that is not among the annotated ones: that tooth is there, perhaps impacted
     missing = [tooth for tooth in PERMANENT if tooth not in scene.permanent_teeth]
     claims = (claim_present("tooth", scene.placed), *(Claim("tooth", tooth=x, negated=True) for x in missing))
     if not missing:
         answer = words.draw("completeness", "complete")
     else:
         count = str(len(scene.permanent_teeth))
-        answer = words.draw("completeness", "missing", count=count, missing=words.teeth(missing))
+        form = "missing_one" if len(missing) == 1 else "missing_other"
+        answer = words.draw("completeness", form, count=count, missing=words.teeth(missing))
         if set(missing) <= set(THIRD_MOLARS):
             answer += " " + words.phrases["completeness"]["third_molars_only"]
     question = words.draw("completeness", "questions", image=words.image(scene.modality))
@@ -63,7 +62,7 @@ def compose_overview(scene: Scene, words: Wording) -> Iterator[Pair]:
 def compose_tooth_number(scene: Scene, words: Wording) -> Iterator[Pair]:
     """Which teeth a disease is on, in FDI and, for permanent teeth, Universal numbers."""
     image = words.image(scene.modality)
-    for label in scene.pathology_labels:
+    for label in scene.pathology_labels if has_places(scene.record) else ():
         numbers = scene.numbered_teeth(label)
         if not numbers or label in scene.shown_elsewhere:
             continue

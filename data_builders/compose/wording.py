@@ -110,6 +110,13 @@ class Wording:
         assert claim.count is not None
         return f"{self._article(one, gender)} {one}" if claim.count == 1 else f"{self.count(claim.count)} {other}"
 
+    def numbered(self, claim: Claim) -> str:
+        """What a claim counts, one too by its number: `one carious lesion`."""
+        if claim.count != 1:
+            return self.counted(claim)
+        one = self.subject(claim)["finding"]
+        return f"{self.phrases['exactly_one'][self.names(claim.label).gender or 'm']} {one}"
+
     def types(self, claim: Claim) -> str:
         """The tooth type of a claim, in the plural: `third molars`."""
         assert claim.tooth

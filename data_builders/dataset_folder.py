@@ -25,7 +25,8 @@ from data_builders.chat import SPLITS, Row
 from data_builders.records import InputError, Problem
 
 REPORT = "build_report.json"
-BLOCKING = ("class_map_incomplete", "names_missing", "label_attribute_needed")  # what only the user can settle
+# What only the user can settle.
+BLOCKING = ("class_map_incomplete", "class_map_suggestion", "names_missing", "label_attribute_needed")
 ROW_GROUP_BYTES = 32 << 20  # of distinct images; Arrow and parquet hold them several times over while they write
 ROW_GROUP_ROWS = 10_000
 SHARD_BYTES = 500 << 20
@@ -105,7 +106,9 @@ def check_replaceable(folder: Path, *, apart_from: Collection[str] = ()) -> None
         raise BuildError(f"{folder} is a mount point, which cannot be replaced; --out names a folder below it")
     if folder.exists() and not folder.is_dir():  # a file, or a device such as /dev/null
         raise BuildError(f"{folder} is no folder; --out names one")
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    }
     if not found:
         return
     try:

@@ -160,9 +160,10 @@ def suggest_class_map(source: Source, counts: Mapping[str, Mapping]) -> Iterator
     told = (f"{raws[r]}: {names[c]} ({counts[raws[r]]['images']} of {expected[names[c]]})" for r, c in best)
     message = (
         f"the expected numbers of images fit another class map, and only this one: {', '.join(told)}. "
-        "Nothing was changed: look at the crops of `dentalgemma audit --html`, then correct `classes`"
+        "Nothing was changed: look at the crops of `dentalgemma audit --html`, then correct `classes` or "
+        "`expected_images`; until then nothing is built"
     )
-    yield Problem("class_map_suggestion", "warning", source.root, None, message)
+    yield Problem("class_map_suggestion", "error", source.root, None, message)
 
 
 def _is_alone(misfit: np.ndarray, best: Sequence[tuple[int, int]]) -> bool:

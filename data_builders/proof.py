@@ -1,7 +1,8 @@
 """The proof of a row: its claims hold in the annotations, and its words say what its claims say, no more and no less.
 
-Nothing here is shared with the code that composes rows: claims are derived again from the findings, and texts are read
-back by `data_builders.reading`. The checker sees a row and the record of its image, as a dataset folder holds them.
+Claims are derived again from the findings, and texts are read back by `data_builders.reading`: of what composes rows only
+the rules of anatomy (`data_builders.dentition`) and the names of the vocabulary are shared. The checker sees a row and the
+record of its image, as a dataset folder holds them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_builders.chat import make_row_id
@@ -37,10 +39,12 @@ def check_row(row: Mapping, record: ImageRecord, vocabulary: Vocabulary) -> list
     Every turn of a dialogue is checked, the earlier answers too: they stand in the prompt.
     """
     try:
-        document = read_claims(row["claims"])
+        document = read_claims(row["claims"] or "")
     except ValueError as error:
         return [f"the claims cannot be read: {error}"]
     messages = [*row["prompt"], *row["completion"]]
+    if any(not isinstance(message["content"], str) for message in messages):
+        return ["a turn has no text"]
     if messages[0]["role"] == "system":
         messages = messages[1:]
     roles = [message["role"] for message in messages]
@@ -325,13 +329,12 @@ def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
         raise InputError(f"{folder} is no VQA dataset folder; build one with `dentalgemma build`")
     own_terms = folder / "vocabulary.yaml"  # where the build was given one
     vocabulary = load_vocabulary(own_terms if own_terms.is_file() else None)
-    with records_file.open(encoding="utf-8") as file:
-        records = {(r.source, r.image_id): r for r in (record_from_json(json.loads(line)) for line in file)}
+    records = {(record.source, record.image_id): record for record in _read_records(records_file)}
     columns = ["row_id", "image_id", "source", "language", "question_type", "prompt", "completion", "claims"]
     seen: set[str] = set()
     for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
+        for batch in _read_shard(shard, columns):
+            for row in batch:
                 record = records.get((row["source"], row["image_id"]))
                 wrong = check_row(row, record, vocabulary) if record else [f"{records_file.name} lacks its image"]
                 if row["row_id"] != make_row_id(row):
@@ -340,3 +343,20 @@ def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
                     wrong.append("is there twice")
                 seen.add(row["row_id"])
                 yield row["row_id"], wrong
+
+
+def _read_records(path: Path) -> Iterator[ImageRecord]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield record_from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}:{number}: is no record of an image: {error}") from None
+
+
+def _read_shard(path: Path, columns: list[str]) -> Iterator[list[dict]]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
+            yield batch.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: cannot be read as rows of a dataset: {error}") from None

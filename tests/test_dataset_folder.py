@@ -272,3 +272,13 @@ def test_what_is_no_folder_is_never_replaced(tmp_path):
         with pytest.raises(BuildError, match="is no folder"):
             check_replaceable(path)
     assert pipe.is_fifo() and not Path(os.devnull).is_dir()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.parent.parent)])
+def test_a_folder_with_a_pipe_or_a_link_is_not_replaced(tmp_path, make):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    make(folder / "other")
+
+    with pytest.raises(BuildError, match=r"not empty and no dataset folder"):
+        check_replaceable(folder)

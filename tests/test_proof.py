@@ -3,10 +3,13 @@
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +19,9 @@ from data_builders.compose.questions import compose_pairs
 from data_builders.compose.rows import choose_rows, compose_rows
 from data_builders.compose.wording import load_phrases
 from data_builders.phantom import CONDITIONS, make_phantoms
-from data_builders.proof import check_claims, check_row, check_text
+from data_builders.proof import check_claims, check_dataset, check_row, check_text
 from data_builders.reading import read_text
-from data_builders.records import Finding, ImageRecord
+from data_builders.records import Finding, ImageRecord, InputError
 from data_builders.sources import Questions, Source, SourcesError, SourcesFile, load_vocabulary
 
 VOCABULARY = load_vocabulary()
@@ -560,3 +563,24 @@ def test_names_that_cannot_be_read_back_are_refused(tmp_path, names):
 
     with pytest.raises(SourcesError, match=r"own"):
         load_vocabulary(path)
+
+
+def test_a_dataset_folder_is_proven_from_what_stands_in_it(vqa_dataset, tmp_path):
+    folder = tmp_path / "vqa"
+    shutil.copytree(vqa_dataset, folder)
+    assert all(wrong == [] for _, wrong in check_dataset(folder))
+    shard = next((folder / "data").glob("test-*"))
+    table = pq.read_table(shard)
+    columns = table.to_pydict()
+    columns["image_id"] = columns["image_id"][::-1]
+    columns["question_type"] = ["counting", *columns["question_type"][1:]]
+    pq.write_table(pa.table(columns, schema=table.schema), shard)
+
+    assert sum(bool(wrong) for _, wrong in check_dataset(folder)) >= table.num_rows // 2
+    (folder / "records.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"records.jsonl:1: is no record"):
+        list(check_dataset(folder))
+    shard.write_bytes(b"no parquet")
+    shutil.copy(vqa_dataset / "records.jsonl", folder)
+    with pytest.raises(InputError, match="cannot be read as rows"):
+        list(check_dataset(folder))

@@ -32,10 +32,12 @@ from data_builders.label_evidence import (
 from data_builders.leaks import find_duplicates, find_leaks, measure_leaks, place_of
 from data_builders.readers import READERS
 from data_builders.readers.cases import Case, read_cases
-from data_builders.records import ImageRecord, Problem
+from data_builders.records import Finding, ImageRecord, Problem
 from data_builders.sources import Source, SourcesFile
+from data_builders.splits import Groups
 
 NOTHING_ALIKE = Comparison({}, ())
+SAME_PLACE = 0.01  # of a side of the image
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,16 @@ def find_alike(contents: Sequence[SourceContent]) -> list[tuple[str, str]]:
     return sorted({(pair.first, pair.second) for content in contents for pair in content.comparison.alike})
 
 
+def find_same_pictures(contents: Sequence[SourceContent]) -> Groups:
+    """Which image ids show the same picture as a whole: a copy, mirrored or not; mosaics are not what they show."""
+    pictures = Groups()
+    for content in contents:
+        for pair in content.comparison.alike:
+            if pair.kind != "part":
+                pictures.join(pair.first, pair.second)
+    return pictures
+
+
 def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> SourceContent:
     """Read one source; an image that is missing or cannot be decoded keeps its findings but gets no `image_id`."""
     if source.reader == "cases":
@@ -102,6 +114,7 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
     declared = list(find_declared(source))
     if declared and not states_locations(source):
         records = [replace(record, locations=False) for record in records]
+    told = {(problem.path, problem.code) for problem in problems}  # some readers open the images too
     measured: list[ImageRecord] = []
     looks: dict[str, Look] = {}
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
@@ -114,7 +127,7 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
         )
         for record, look, found in results:
             measured.append(record)
-            problems += found
+            problems += (problem for problem in found if (problem.path, problem.code) not in told)
             if look and record.image_id:
                 looks[record.image_id] = look
     problems += declared
@@ -189,9 +202,10 @@ def pick_unique(records: Iterable[ImageRecord]) -> tuple[list[ImageRecord], list
         if record.image_id:
             same_pixels[record.image_id].append(record)
     unique, problems = [], []
-    for first, *others in same_pixels.values():
+    for same in same_pixels.values():
+        first, *others = sorted(same, key=_is_silent)  # what says something before what says nothing
         names = ", ".join(other.path.name for other in others)
-        if any(_labels(other) != _labels(first) for other in others):
+        if not all(_is_silent(other) or _are_annotated_alike(first, other) for other in others):
             message = f"shows the same pixels as {names} but is annotated differently; all are left out"
             problems.append(Problem("contradicting_duplicate", "error", first.path, None, message))
             continue
@@ -202,8 +216,30 @@ def pick_unique(records: Iterable[ImageRecord]) -> tuple[list[ImageRecord], list
     return unique, problems
 
 
-def _labels(record: ImageRecord) -> Counter:
-    return Counter((finding.label, finding.tooth) for finding in record.findings)
+def _is_silent(record: ImageRecord) -> bool:
+    """Whether a record states nothing, neither what is there nor that something is not: it has no annotation file."""
+    return not (record.findings or record.ignored or record.rejected or record.exhaustive)
+
+
+def _are_annotated_alike(first: ImageRecord, second: ImageRecord) -> bool:
+    """Whether each finding of one record is in the other as well."""
+    left = list(second.findings)
+    for finding in first.findings:
+        match = next((number for number, other in enumerate(left) if _are_alike(finding, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return not left
+
+
+def _are_alike(first: Finding, second: Finding) -> bool:
+    """Whether two findings are the same, but for how an exporter rounds their places."""
+    keys = ("label", "tooth", "shape", "attributes")
+    if any(getattr(first, key) != getattr(second, key) for key in keys):
+        return False
+    if first.bounds is None or second.bounds is None:
+        return first.bounds is second.bounds
+    return all(abs(one - other) <= SAME_PLACE for one, other in zip(first.bounds, second.bounds, strict=True))
 
 
 def audit(sources_file: SourcesFile, *, workers: int = 2, progress: bool = True) -> dict:
@@ -214,6 +250,7 @@ def audit(sources_file: SourcesFile, *, workers: int = 2, progress: bool = True)
 def summarise(contents: Sequence[SourceContent]) -> dict:
     """What `audit` returns, of sources that were read together."""
     records = [record for content in contents for record in content.records]
+    sources = {content.source.name: content.source for content in contents}
     comparison = contents[0].comparison
     by_id = {record.image_id: record for record in reversed(records)}
     return {
@@ -221,8 +258,8 @@ def summarise(contents: Sequence[SourceContent]) -> dict:
         "duplicates": find_duplicates(records),
         "near_duplicates": [_describe_pair(pair, by_id) for pair in comparison.alike if pair.kind != "part"],
         "mosaics": _describe_mosaics(comparison, records),
-        "leaks": find_leaks(records, find_alike(contents)),
-        "leak_rates": measure_leaks(records, find_alike(contents)),
+        "leaks": find_leaks(records, sources, find_alike(contents)),
+        "leak_rates": measure_leaks(records, sources, find_alike(contents)),
     }
 
 
@@ -273,7 +310,7 @@ def describe(content: SourceContent) -> dict:
         "labels": count_raw_labels(content.source, content.records),
         "expected_images": dict(content.source.expected_images),
         "places": describe_places(content.records),
-        "problems": [{**asdict(problem), "path": str(problem.path)} for problem in content.problems],
+        "problems": [describe_problem(problem) for problem in content.problems],
         "problem_counts": count_problems(content.problems),
     }
 
@@ -283,6 +320,11 @@ def _count_labels(counts: dict[str, dict[str, int]], labels: Iterable[str]) -> N
         entry = counts.setdefault(label, {"images": 0, "findings": 0})
         entry["images"] += 1
         entry["findings"] += number
+
+
+def describe_problem(problem: Problem) -> dict:
+    """A problem, ready for JSON."""
+    return {**asdict(problem), "path": str(problem.path)}
 
 
 def count_problems(problems: Iterable[Problem]) -> dict[str, int]:

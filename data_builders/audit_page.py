@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from data_builders.audit import SourceContent
 from data_builders.images import ImageError, measure_pixels
 from data_builders.label_evidence import GRID
-from data_builders.records import Finding, ImageRecord
+from data_builders.records import Finding, ImageRecord, InputError
 
 CROPS = 8  # of each label
 CROP_SIDE = 176  # pixels
@@ -24,6 +25,24 @@ THUMBNAIL_SIDE = 320
 SHOWN_PAIRS = 30
 SHOWN_PROBLEMS = 20  # of each code
 SEVERITIES = ("error", "warning", "info")
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder that a page is to be written to; to be asked before a long audit begins.
+
+    Raises:
+        InputError: when no file can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: its folder cannot be made: {error.strerror}") from None
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; --html names a file")
+    if path.exists() and not path.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise InputError(f"{path} is no page of an audit; choose another --html")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written")
 
 
 def write_audit_page(path: Path, report: Mapping, contents: Sequence[SourceContent]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_builders.headers import Header, read_header
 from data_builders.metadata import NotSeparable, strip_metadata
@@ -26,6 +27,16 @@ GREY_MODES = DEEP_MODES | {"1", "L", "LA"}
 STORED_AS_IT_IS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 DICOM_MAGIC = slice(128, 132)
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what Pillow raises
 
 
 class ImageError(ValueError):
@@ -51,7 +62,7 @@ class Measured(NamedTuple):
 def find_images(folder: Path) -> Iterator[Path]:
     """Every image file below a folder, in the order of their names; hidden files are left out.
 
-    A file without a suffix is an image if it is DICOM.
+    A file without a suffix is an image if it is DICOM, and so is one named by its UID (`1.2.840.113619.2.55`).
     """
     return (parent / entry.name for parent, entry in walk(folder) if is_image_file(parent, entry))
 
@@ -61,7 +72,9 @@ def is_image_file(folder: Path, entry: os.DirEntry[str]) -> bool:
     if entry.name.startswith("."):
         return False
     _, dot, suffix = entry.name.rpartition(".")
-    return f".{suffix.lower()}" in SUFFIXES if dot else not entry.is_symlink() and is_dicom(folder / entry.name)
+    if dot and not suffix.isdecimal():
+        return f".{suffix.lower()}" in SUFFIXES
+    return not entry.is_symlink() and is_dicom(folder / entry.name)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
@@ -133,7 +146,7 @@ def measure_pixels(path: Path) -> tuple[Measured, Image.Image]:
         is_deep = image.mode in DEEP_MODES
         try:
             pixels = to_rgb(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise ImageError(f"cannot be decoded: {error}") from None
     width, height = pixels.size
     digest = hashlib.sha256(f"{width}x{height}\n".encode())
@@ -178,9 +191,13 @@ def _find_orientation(image: Image.Image, content: bytes) -> int:
     if image.format == "PNG" and not any(name in content for name in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile")):
         return 1
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except (OSError, ValueError, SyntaxError) as error:
+        return _get_orientation(image)
+    except UNREADABLE as error:
         raise ImageError(f"cannot be decoded: {error}") from None
+
+
+def _get_orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(EXIF_ORIENTATION)
     return orientation if orientation in range(1, 9) else 1
 
 
@@ -190,7 +207,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Greys are divided by a power of two, so that the bits that the image uses become 8: 12 bits are as common in
     radiographs as 16, and both come in files of 16.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()  # some formats are turned by Pillow itself when they are decoded
+    # `ImageOps.exif_transpose` would also write the EXIF anew, which fails where any other tag in it is damaged.
+    orientation = _get_orientation(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     if image.mode in DEEP_MODES:
         values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
         used = max(8, int(values.max(initial=0)).bit_length())

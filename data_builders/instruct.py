@@ -6,15 +6,17 @@ import hashlib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from data_builders.audit import SourceContent, count_problems, read_source
+from data_builders.audit import SourceContent, count_problems, describe_problem, read_source
 from data_builders.chat import SPLITS, SYSTEM_PROMPT, Message, Row, answer_messages
 from data_builders.claims import claims_to_json
 from data_builders.dataset_folder import (
     BuildError,
+    check_replaceable,
+    hash_file,
     new_folder,
     stop_on,
     write_jsonl,
@@ -22,11 +24,11 @@ from data_builders.dataset_folder import (
     write_rows,
 )
 from data_builders.instruct_card import write_instruct_card
-from data_builders.near_duplicates import NEAR_DUPLICATE, group_prompts
 from data_builders.personal_data import find_personal_data
 from data_builders.prompt_repair import MASKS, gives_away, repair_prompt
 from data_builders.readers.cases import Case
 from data_builders.records import Problem, Split
+from data_builders.similar_prompts import NEAR_DUPLICATE, group_prompts
 from data_builders.sources import Shares, Source, SourcesFile
 from data_builders.splits import split_groups
 
@@ -65,6 +67,7 @@ def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = N
     Raises:
         BuildError: when there is no case to build from, or, with `strict`, on errors.
     """
+    check_replaceable(out)
     seed = sources_file.seed if seed is None else seed
     contents = [read_source(source, progress=False) for source in sources_file.sources if source.reader == "cases"]
     _stop_on_errors(sources_file, contents, strict=strict)
@@ -84,13 +87,12 @@ def build_instruct(sources_file: SourcesFile, out: Path, *, seed: int | None = N
         written = write_rows(folder, rows, {}.__getitem__)  # no row has an image to read
         write_jsonl(folder / "cases.jsonl", _list_cases(items, group_ids, splits))
         report = _report(contents, items, group_ids, splits, problems) | {
-            "sources_file": sources_file.path.name,
             "seed": seed,
             "splits": written,
         }
         write_instruct_card(folder, report, language=sources_file.languages[0])
         write_report(folder, report)
-    return report | {"problems": [asdict(p) | {"path": str(p.path)} for own in problems.values() for p in own]}
+    return report | {"problems": [describe_problem(problem) for own in problems.values() for problem in own]}
 
 
 def _stop_on_errors(sources_file: SourcesFile, contents: Sequence[SourceContent], *, strict: bool) -> None:
@@ -274,7 +276,11 @@ def compose_row(item: Item, group_id: str, sources_file: SourcesFile) -> Row:
 
 
 def _list_cases(items: Sequence[Item], group_ids: Sequence[str], splits: Mapping[str, Split]) -> list[dict]:
-    """Where each row comes from and what it is about, in the order of the row ids; no absolute paths."""
+    """Where each row comes from and what it is about, in the order of the row ids.
+
+    Files are told by their content (the first 16 digits of its SHA-256), since their names may be those of patients.
+    """
+    hashes = {path: hash_file(path)[:16] for path in {item.case.path for item in items}}
     cases = [
         {
             "row_id": item.case_id,
@@ -283,7 +289,8 @@ def _list_cases(items: Sequence[Item], group_ids: Sequence[str], splits: Mapping
             "source": item.source.name,
             "condition": item.case.condition,
             "diagnosis_in_prompt": item.treated,
-            "where": f"{_below(item.source.root, item.case.path)}:{item.case.line}",
+            "file": hashes[item.case.path],
+            "line": str(item.case.line),
         }
         for item, group_id in zip(items, group_ids, strict=True)
     ]

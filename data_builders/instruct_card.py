@@ -29,8 +29,9 @@ def write_instruct_card(folder: Path, report: Mapping, *, language: str) -> None
 
 def _contents(report: Mapping) -> Iterator[str]:
     yield (
-        "Clinical cases as chat, for training on text alone. Made with DentalGemma; `cases.jsonl` tells which line of "
-        "which source each row comes from and which condition it is about."
+        "Clinical cases as chat, for training on text alone. Made with DentalGemma; `cases.jsonl` tells which "
+        "condition each row is about, and which line of which file it comes from, told by the first 16 digits of the "
+        "file's SHA-256."
     )
     yield "\n".join(
         [
@@ -105,4 +106,4 @@ def _limits(report: Mapping) -> Iterator[str]:
         *([f"Not searched: {', '.join(map(escape_markdown, unsearched))}."] if unsearched else []),
     ]
     yield " ".join(sentences)
-    yield f"Built from `{report['sources_file']}` with seed {report['seed']}."
+    yield f"Built with seed {report['seed']}."

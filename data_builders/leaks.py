@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from data_builders.records import ImageRecord
-from data_builders.splits import Groups, original_stem
+from data_builders.sources import Source
+from data_builders.splits import Groups, find_keys
 
 
 def find_duplicates(records: Iterable[ImageRecord]) -> list[dict]:
@@ -22,17 +23,25 @@ def find_duplicates(records: Iterable[ImageRecord]) -> list[dict]:
     ]
 
 
-def find_leaks(records: Iterable[ImageRecord], alike: Iterable[tuple[str, str]] = ()) -> list[dict]:
-    """What a source's own splits (its `train`, `valid`, `test` folders) share: pixels, a copy, a Roboflow original."""
-    leaking = [same for same in _group_declared(records, alike) if len({record.declared_split for record in same}) > 1]
+def find_leaks(
+    records: Iterable[ImageRecord], sources: Mapping[str, Source], alike: Iterable[tuple[str, str]] = ()
+) -> list[dict]:
+    """What the sources' own splits (their `train`, `valid`, `test` folders) share.
+
+    Within a source: a patient, a Roboflow original, pixels, a copy. Between sources: pixels and copies.
+    """
+    groups = _group_declared(records, sources, alike)
+    leaking = [same for same in groups if len({record.declared_split for record in same}) > 1]
     return [{"images": [{**place_of(record), "split": record.declared_split} for record in same]} for same in leaking]
 
 
-def measure_leaks(records: Iterable[ImageRecord], alike: Iterable[tuple[str, str]] = ()) -> list[dict]:
+def measure_leaks(
+    records: Iterable[ImageRecord], sources: Mapping[str, Source], alike: Iterable[tuple[str, str]] = ()
+) -> list[dict]:
     """For each source's own validation and test split how many of its images are also in its train split."""
     images: Counter[tuple[str, str]] = Counter()
     leaked: Counter[tuple[str, str]] = Counter()
-    for same in _group_declared(records, alike):
+    for same in _group_declared(records, sources, alike):
         trained = {record.source for record in same if record.declared_split == "train"}
         for record in same:
             if record.declared_split != "train":
@@ -45,17 +54,16 @@ def measure_leaks(records: Iterable[ImageRecord], alike: Iterable[tuple[str, str
     ]
 
 
-def _group_declared(records: Iterable[ImageRecord], alike: Iterable[tuple[str, str]]) -> list[list[ImageRecord]]:
+def _group_declared(
+    records: Iterable[ImageRecord], sources: Mapping[str, Source], alike: Iterable[tuple[str, str]]
+) -> list[list[ImageRecord]]:
     groups = Groups()
     for first, second in alike:
         groups.join(("pixels", first), ("pixels", second))
     declared = [record for record in records if record.declared_split]
     for number, record in enumerate(declared):
-        stem = original_stem(record.path.stem)
-        if record.image_id:
-            groups.join(number, ("pixels", record.image_id))
-        if stem:
-            groups.join(number, ("original", record.source, stem))
+        for key in find_keys(record, sources[record.source]):
+            groups.join(number, key)
     members: dict[object, list[ImageRecord]] = defaultdict(list)
     for number, record in enumerate(declared):
         members[groups.find(number)].append(record)

@@ -1,8 +1,8 @@
 """The proof of a row: its claims hold in the annotations, and its words say what its claims say, no more and no less.
 
-Claims are derived again from the findings, and texts are read back by `data_builders.reading`: of what composes rows only
-the rules of anatomy (`data_builders.dentition`) and the names of the vocabulary are shared. The checker sees a row and the
-record of its image, as a dataset folder holds them.
+Claims are derived again from the findings, and texts are read back by `data_builders.reading`: of what composes rows
+only the rules of anatomy (`data_builders.dentition`) and the names of the vocabulary are shared. The checker sees a row
+and the record of its image, as a dataset folder holds them.
 """
 
 from __future__ import annotations

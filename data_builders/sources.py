@@ -262,10 +262,9 @@ class Source(BaseModel):
                 return Label("tooth", parse_tooth_type(str(raw)))
         except ValueError as error:
             raise UnknownLabel(str(error)) from None
-        key = raw if raw in self.classes else str(raw)  # in `{"0": caries}` the id is a text
-        if key not in self.classes:
+        if raw not in self.classes:
             raise UnknownLabel(f"label {raw!r} is not in the class map ({self.class_map_text()})")
-        name = self.classes[key]
+        name = self.classes[raw]
         return None if name is None else Label(name)
 
     def class_map_text(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from data_builders.chat import SPLITS
 from data_builders.records import ImageRecord, Split
@@ -57,7 +57,7 @@ def group_records(
     for first, second in alike:
         groups.join(("pixels", first), ("pixels", second))
     for number, record in enumerate(records):
-        for key in _keys(record, sources[record.source]):
+        for key in find_keys(record, sources[record.source]):
             groups.join(number, key)
     members: dict[Hashable, list[str]] = defaultdict(list)
     for number, record in enumerate(records):
@@ -67,7 +67,8 @@ def group_records(
     return [names[groups.find(number)] for number in range(len(records))]
 
 
-def _keys(record: ImageRecord, source: Source) -> Iterable[Hashable]:
+def find_keys(record: ImageRecord, source: Source) -> Iterator[Hashable]:
+    """Yield what a record shares with all others of its group: pixels, a Roboflow original, a patient."""
     if record.image_id:
         yield "pixels", record.image_id
     stem = original_stem(record.path.stem)

@@ -14,6 +14,7 @@ from rich.progress import track
 from data_builders.audit import (
     SourceContent,
     count_problems,
+    describe_problem,
     find_alike,
     find_same_pictures,
     pick_unique,
@@ -69,7 +70,9 @@ def build_vqa(
     if not sources_file.detector_findings:
         by_humans = tuple(source for source in sources_file.sources if source.origin == "human")
         sources_file = sources_file.model_copy(update={"sources": by_humans})
-    if contents is None:
+    if contents is not None:
+        contents = [content for content in contents if content.source in sources_file.sources]
+    else:
         contents = read_sources(sources_file, workers=workers, progress=progress)
     records = _pick_usable(sources_file, contents, strict=strict)
     sources = {source.name: source for source in sources_file.sources}
@@ -96,7 +99,7 @@ def build_vqa(
         report["empty_splits"] = [s for s in SPLITS if getattr(sources_file.split, s) and s not in written]
         write_vqa_card(folder, report, rows, vocabulary=vocabulary, languages=sources_file.languages)
         write_report(folder, report)
-    return report | {"problems": [_describe(problem) for own in problems.values() for problem in own]}
+    return report | {"problems": [describe_problem(problem) for own in problems.values() for problem in own]}
 
 
 def _pick_usable(sources_file: SourcesFile, contents: Sequence[SourceContent], *, strict: bool) -> list[ImageRecord]:
@@ -295,7 +298,3 @@ def _count_findings(documents: Iterable[Mapping]) -> dict[str, dict[str, dict[st
             counts[label][document["split"]]["images"] += 1
             counts[label][document["split"]]["findings"] += number
     return {label: dict(by_split) for label, by_split in sorted(counts.items())}
-
-
-def _describe(problem: Problem) -> dict:
-    return {**asdict(problem), "path": str(problem.path)}

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from data_builders.audit import count_problems, find_alike, pick_unique, read_sources
 from data_builders.chat import SPLITS
-from data_builders.dataset_folder import BLOCKING, REPORT, BuildError, new_folder, stop_on, write_report
+from data_builders.dataset_folder import BLOCKING, BuildError, check_replaceable, new_folder, stop_on, write_report
 from data_builders.dentition import DECIDUOUS, PERMANENT, TOOTH_TYPES
 from data_builders.images import read_stored
 from data_builders.readers.geometry import AREAS, box_ring
@@ -32,6 +32,7 @@ Task = Literal["detect", "segment", "obb"]
 ClassesFrom = Literal["label", "tooth"]
 TEETH = (*PERMANENT, *DECIDUOUS, *TOOTH_TYPES)
 FOLDERS: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+CACHES = tuple(f"labels/{name}.cache" for name in FOLDERS.values())  # what Ultralytics keeps of label files
 
 
 class Exported(NamedTuple):
@@ -80,15 +81,16 @@ def export_yolo(
 ) -> Exported:
     """Write the sources as an Ultralytics dataset to the folder `out`: `images/`, `labels/`, `data.yaml`.
 
-    Classes are the findings' names in the order of the vocabulary, or with `classes="tooth"` tooth numbers. No patient,
-    original or picture lies in two splits. Images are copies, never links: Ultralytics rewrites JPEGs that it finds cut
-    short.
+    Classes are the findings' names in the order of the vocabulary, or with `classes="tooth"` tooth numbers. What a
+    detector found is left out, whatever `detector_findings` says. No patient, original or picture lies in two splits.
+    Images are copies, never links: Ultralytics rewrites JPEGs that it finds cut short.
 
     Raises:
         BuildError: when a label is outside the class map, or no finding can be exported.
     """
     if task not in get_args(Task) or classes not in get_args(ClassesFrom):
         raise BuildError(f"task is one of {get_args(Task)} and classes one of {get_args(ClassesFrom)}")
+    check_replaceable(out, apart_from=CACHES)
     seed = sources_file.seed if seed is None else seed
     contents = read_sources(sources_file, workers=workers, progress=progress)
     problems = [problem for content in contents for problem in content.problems]
@@ -266,10 +268,9 @@ def _count(pictures: Sequence[Picture]) -> dict[str, int]:
 
 
 def _drop_caches(out: Path) -> None:
-    """Remove what Ultralytics kept of an earlier export's labels: it is void, and no build may write over it."""
-    if (out / REPORT).is_file():
-        for name in FOLDERS.values():
-            (out / "labels" / f"{name}.cache").unlink(missing_ok=True)
+    """Remove what Ultralytics kept of an earlier export's labels, which is void; the folder is known to be ours."""
+    for name in CACHES:
+        (out / name).unlink(missing_ok=True)
 
 
 def _write_split(

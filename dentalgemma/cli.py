@@ -6,10 +6,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -110,11 +109,14 @@ def audit(
     """
     from data_builders.audit import read_sources, summarise
 
-    contents = read_sources(_load(sources, preset, data), workers=workers, progress=not as_json)
+    loaded = _load(sources, preset, data)
+    if html:
+        from data_builders.audit_page import check_writable, write_audit_page
+
+        check_writable(html)
+    contents = read_sources(loaded, workers=workers, progress=not as_json)
     report = summarise(contents)
     if html:
-        from data_builders.audit_page import write_audit_page
-
         write_audit_page(html, report, contents)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
@@ -485,8 +487,11 @@ def export_yolo(
 ) -> None:
     """Write the sources as a dataset that Ultralytics trains a detector on, split by group.
 
+    What a detector found (`origin: model`) is never exported: it is no truth to train another one on.
+
     Example: `dentalgemma export-yolo sources.yaml --out data/yolo --task obb`
     """
+    from data_builders.audit import describe_problem
     from data_builders.sources import load_sources
     from data_builders.yolo_export import export_yolo as run_export
 
@@ -495,7 +500,7 @@ def export_yolo(
         loaded, out, task=task, classes=classes, seed=seed, workers=workers, progress=not as_json
     )
     if as_json:
-        listed = [{**asdict(problem), "path": str(problem.path)} for problem in problems]
+        listed = [describe_problem(problem) for problem in problems]
         typer.echo(json.dumps({**report, "problems": listed}, indent=2, ensure_ascii=False))
         return
     for split, counts in report["splits"].items():
@@ -548,8 +553,16 @@ def main() -> None:
     try:
         app(prog_name="dentalgemma")
     except InputError as error:
-        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    error_console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(exit_code)
 
 
 def _need_empty(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_builders.audit import audit, find_alike, read_sources
+from data_builders.audit import audit, find_alike, pick_unique, read_sources
 from data_builders.audit_page import write_audit_page
 from data_builders.label_evidence import check_synonyms, describe_places
 from data_builders.phantom import CONDITIONS
@@ -71,6 +71,103 @@ def copies(tmp_path, phantoms):
 
 def open_phantom(root, number):
     return Image.open(sorted((root / "images").glob("phantom*.jpg"))[number]).convert("L")
+
+
+def twins(root, *lines):
+    """Files of the same pixels, one for each text of labels."""
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number, text in enumerate(lines):
+        Image.new("L", (400, 200), 90).save(root / "images" / f"{number}.png")
+        (root / "labels" / f"{number}.txt").write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("other", "code"),
+    [
+        pytest.param("0 .5 .5 .1 .1\n1 .2 .5 .1 .1\n", "duplicate_image", id="in another order"),
+        pytest.param("1 .200001 .5 .1 .1\n0 .5 .5 .1 .1\n", "duplicate_image", id="rounded otherwise"),
+        pytest.param("1 .7 .5 .1 .1\n0 .5 .5 .1 .1\n", "contradicting_duplicate", id="elsewhere"),
+        pytest.param("1 .2 .5 .1 .1\n0 .5 .5 .3 .1\n", "contradicting_duplicate", id="larger"),
+        pytest.param(
+            "1 .2 .5 .1 .1\n0 .45 .45 .55 .45 .55 .55\n", "contradicting_duplicate", id="an outline and a box"
+        ),
+        pytest.param("1 .2 .5 .1 .1\n0 .5 .5 .1 .1\n" * 2, "contradicting_duplicate", id="twice as many"),
+    ],
+)
+def test_equal_pixels_are_built_once_only_where_the_same_is_annotated_in_the_same_place(tmp_path, other, code):
+    root = twins(tmp_path / "s", "1 .2 .5 .1 .1\n0 .5 .5 .1 .1\n", other)
+
+    assert code in codes(read(root, tmp_path / "s.yaml").problems)
+
+
+def test_a_twin_without_a_label_file_contradicts_nothing(tmp_path):
+    root = twins(tmp_path / "s", "", "1 .2 .5 .1 .1\n")
+    (root / "labels" / "0.txt").unlink()
+    content = read(root, tmp_path / "s.yaml")
+    (record,), problems = pick_unique(content.records)
+
+    assert [problem.code for problem in problems] == ["duplicate_image"]
+    assert (record.path.name, len(record.findings)) == ("1.png", 1)
+
+
+def test_another_grade_contradicts_too(tmp_path):
+    """Two photographs of equal pixels, of which one is graded mild and one severe."""
+    boxes = []
+    for number, grade in enumerate(("mild", "severe")):
+        Image.new("L", (400, 200), 90).save(tmp_path / f"{number}.png")
+        boxes.append({"id": number, "image_id": number, "category_id": 1, "bbox": [10, 10, 40, 40]})
+        boxes[-1]["attributes"] = {"grade": grade}
+    images = [{"id": number, "file_name": f"{number}.png", "width": 400, "height": 200} for number in range(2)]
+    document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "decay"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    source = {"reader": "coco", "classes": {"decay": "caries"}, "attributes": {"grade": "severity"}}
+    (content,) = read_sources(write_sources(tmp_path / "s.yaml", root=tmp_path, **source), progress=False)
+
+    assert codes(content.problems) == {"contradicting_duplicate"}
+
+
+@pytest.mark.parametrize("reader", ["yolo", "coco"])
+def test_an_image_that_cannot_be_decoded_is_one_problem(tmp_path, reader):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("0 .5 .5 .1 .1\n")
+    document = {
+        "images": [{"id": 0, "file_name": "a.png", "width": 400, "height": 200}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [10, 10, 40, 40]}],
+        "categories": [{"id": 0, "name": "decay"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    classes = {0: "caries"} if reader == "yolo" else {"decay": "caries"}
+    loaded = write_sources(tmp_path / "s.yaml", root=tmp_path, reader=reader, classes=classes)
+
+    assert audit(loaded, progress=False)["sources"][0]["problem_counts"]["image_unreadable"] == 1
+
+
+def test_one_patient_in_two_declared_splits_is_a_leak(tmp_path):
+    for split, patients in (("train", "AB"), ("test", "BC")):
+        for folder in ("images", "labels"):
+            (tmp_path / split / folder).mkdir(parents=True)
+        for number, patient in enumerate(patients):
+            name = f"{patient}_{split}"
+            Image.new("L", (400, 200), 20 * number + 90 * (split == "train")).save(
+                tmp_path / split / "images" / f"{name}.png"
+            )
+            (tmp_path / split / "labels" / f"{name}.txt").write_text("0 .5 .5 .1 .1\n")
+    leaks = {}
+    for group in ({}, {"group": {"pattern": "^(?P<patient>.)_"}}):
+        loaded = write_sources(tmp_path / "s.yaml", root=tmp_path, classes={0: "caries"}, **group)
+        report = audit(loaded, progress=False)
+        leaks[bool(group)] = (
+            [sorted(Path(image["path"]).stem for image in leak["images"]) for leak in report["leaks"]],
+            report["leak_rates"],
+        )
+
+    assert leaks[False] == ([], [{"source": "s", "split": "test", "images": 2, "also_in_train": 0}])
+    assert leaks[True] == (
+        [["B_test", "B_train"]],
+        [{"source": "s", "split": "test", "images": 2, "also_in_train": 1}],
+    )
 
 
 def read(root, path, **source):

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_metadata import CANARY, picture, with_metadata
 
+from data_builders.instruct import build_instruct
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
+from data_builders.yolo_export import export_yolo
 
 PATIENT = "Quetzal_Ximena_1961"
 KINDS = ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP"]
@@ -84,6 +86,41 @@ def test_no_name_no_path_and_no_metadata_is_in_any_byte(source, built):
 
     assert {name.rpartition(".")[2] for name, _ in everything} >= {"parquet", "html", "json", "jsonl", "md", "png"}
     assert sum(content.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF")) for _, content in everything) > 40
+    for name, content in everything:
+        for secret in secrets:
+            assert secret.lower() not in content.lower(), f"{secret!r} is in {name}"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A chat dataset of cases whose folders and files are called by their patients."""
+    root = tmp_path_factory.mktemp(f"clinic_{PATIENT}") / PATIENT
+    for number in range(8):
+        (root / f"{PATIENT}_{number}").mkdir(parents=True)
+        prompts = [f"{word} {place} for {number + 2} weeks" for word in ("pain", "ache") for place in ("here", "there")]
+        cases = [{"prompt": text, "completion": "An answer.", "condition": "pulpitis"} for text in prompts]
+        text = json.dumps(cases) if number % 2 else "".join(json.dumps(case) + "\n" for case in cases) + "no case\n"
+        (root / f"{PATIENT}_{number}" / f"{PATIENT}.json{'' if number % 2 else 'l'}").write_text(text)
+    (root / f"{PATIENT}.yaml").write_text("sources: [{name: s, reader: cases, root: .}]\n")
+    folder = tmp_path_factory.mktemp("out") / "instruct"
+    return folder, build_instruct(load_sources(root / f"{PATIENT}.yaml"), folder)
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out") / "yolo"
+    export = export_yolo(load_sources(source / "sources.yaml"), folder, progress=False)
+    return folder, {"problems": [str(problem) for problem in export.problems]}
+
+
+@pytest.mark.parametrize("name", ["chats", "exported"])
+def test_no_other_builder_writes_a_name_or_a_path_either(name, source, request):
+    folder, report = request.getfixturevalue(name)
+    secrets = [CANARY, *CANARY.split(), PATIENT.encode(), b"clinic_", str(source).encode(), b"Exif\0\0"]
+    everything = [*all_bytes(folder), *((path.name, path.name.encode()) for path in folder.rglob("*"))]
+
+    assert len(everything) > 10
+    assert PATIENT in json.dumps(report["problems"], default=str)
     for name, content in everything:
         for secret in secrets:
             assert secret.lower() not in content.lower(), f"{secret!r} is in {name}"

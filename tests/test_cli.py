@@ -28,6 +28,31 @@ def run_main(monkeypatch, capsys, *arguments):
     return stopped.value.code, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        pytest.param("taken/page.html", "its folder cannot be made", id="below a file"),
+        pytest.param("folder", "is a folder; --html names a file", id="a folder"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, page, message):
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    source = "{name: s, reader: yolo, root: ., modality: panoramic, classes: {0: caries}}"
+    (tmp_path / "sources.yaml").write_text(f"sources: [{source}]\n")
+    code, error = run_main(monkeypatch, capsys, "audit", tmp_path / "sources.yaml", "--html", tmp_path / page)
+
+    assert (code, message in error, "Reading" in error) == (2, True, False)
+
+
+def test_the_folder_of_a_page_is_made(tmp_path):
+    source = "{name: s, reader: yolo, root: ., modality: panoramic, classes: {0: caries}}"
+    (tmp_path / "sources.yaml").write_text(f"sources: [{source}]\n")
+    run("audit", tmp_path / "sources.yaml", "--html", tmp_path / "new" / "pages" / "audit.html")
+
+    assert "</html>" in (tmp_path / "new" / "pages" / "audit.html").read_text()
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name):
     text = run(name, "--help").output

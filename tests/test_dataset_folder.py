@@ -15,7 +15,14 @@ from datasets import load_dataset
 
 from data_builders import dataset_folder
 from data_builders.chat import Row, answer_messages, prompt_messages
-from data_builders.dataset_folder import BuildError, check_replaceable, new_folder, write_jsonl, write_report, write_rows
+from data_builders.dataset_folder import (
+    BuildError,
+    check_replaceable,
+    new_folder,
+    write_jsonl,
+    write_report,
+    write_rows,
+)
 
 
 def rows_about(*image_ids, per_image=1):

@@ -75,6 +75,24 @@ def test_monochrome1_counts_down_from_white(tmp_path):
     assert (read_pixels(inverse).astype(int) + read_pixels(straight) == 255).all()
 
 
+def test_files_named_by_their_uid_are_images_with_labels_of_their_own(tmp_path):
+    """The last number of a UID is no suffix; what makes a file DICOM is its magic."""
+    for number in (55, 56):
+        write_dicom(tmp_path / "images" / f"1.2.840.113619.2.{number}")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"1.2.840.113619.2.{number}.txt").write_text(f"0 .{number} .5 .1 .1\n")
+    write_dicom(tmp_path / "images" / "1.2.840.113619.2.57", BurnedInAnnotation="YES")
+    (tmp_path / "images" / "notes.2024").write_text("no image")
+    records, problems = read(tmp_path)
+
+    centers = {record.path.name[-2:]: sum(record.findings[0].bounds[::2]) / 2 for record in records}
+    assert centers == {"55": pytest.approx(0.55), "56": pytest.approx(0.56)}
+    assert [(problem.code, problem.path.name[-2:]) for problem in problems] == [
+        ("labels_missing", "57"),
+        ("burned_in_annotation", "57"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("tags", "value", "grey"),
     [

@@ -2,11 +2,13 @@
 
 import io
 import struct
+import warnings
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_builders.images import EXIF_ORIENTATION, ImageError, find_images, measure, read_size, read_stored, to_rgb
 
@@ -95,6 +97,52 @@ def test_what_only_pretends_to_be_an_image_is_refused_from_its_header(tmp_path, 
     for look in (read_size, measure):
         with pytest.raises(ImageError, match=message):
             look(path)
+
+
+def test_damaged_exif_costs_at_most_its_image(picture, tmp_path):
+    """Each byte of the EXIF in turn is made 0 and 255: the picture is read, turned or not, or is one ImageError."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION], exif[0x011A] = 6, 72.0  # XResolution
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", exif=exif)
+    content, path = buffer.getvalue(), tmp_path / "a.jpg"
+    start, sizes = content.index(b"Exif"), set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on what is damaged
+        for place in range(start, start + 6 + len(exif.tobytes())):
+            for value in (0, 255):
+                path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+                with suppress(ImageError):
+                    sizes.add(measure(path)[:2])
+                    assert read_stored(path).content
+
+    assert sizes == {(20, 30), (30, 20)}
+
+
+def test_an_orientation_counts_beside_a_damaged_tag(picture, tmp_path):
+    """`ImageOps.exif_transpose` raises struct.error here, since it writes the EXIF anew."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION], exif[0x011A] = 6, 72.0  # XResolution, a fraction
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", exif=exif)
+    damaged = buffer.getvalue().replace(b"\x01\x1a\0\x05", b"\x01\x00\0\x05")  # now it is ImageWidth
+    (tmp_path / "a.jpg").write_bytes(damaged)
+
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert read_size(tmp_path / "a.jpg") == measure(tmp_path / "a.jpg")[:2] == (20, 30)
+    assert read_stored(tmp_path / "a.jpg").turned
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_pillow_turns_them(picture, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", exif=exif)
+
+    expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
+    assert to_rgb(Image.open(buffer)).tobytes() == expected.tobytes()
 
 
 def test_images_are_found_in_the_order_of_their_names(picture, tmp_path):

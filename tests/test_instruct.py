@@ -19,10 +19,10 @@ from data_builders.chat import SYSTEM_PROMPT
 from data_builders.claims import claims_from_json
 from data_builders.dataset_folder import BuildError
 from data_builders.instruct import build_instruct
-from data_builders.near_duplicates import NEAR_DUPLICATE, find_near_duplicates
 from data_builders.phantom_cases import DISEASES, make_cases, write_cases
 from data_builders.readers.cases import Case, read_cases
 from data_builders.records import Problem
+from data_builders.similar_prompts import NEAR_DUPLICATE, find_near_duplicates
 from data_builders.sources import Source, load_sources
 from data_builders.splits import Groups
 
@@ -371,7 +371,9 @@ def test_each_row_can_be_traced_to_its_line(built):
     cases = [json.loads(line) for line in (built[0] / "cases.jsonl").read_text().splitlines()]
 
     assert {case["row_id"]: case["split"] for case in cases} == {r["row_id"]: r["split"] for r in read_built(built[0])}
-    assert {case["where"] for case in cases} == {f"a.jsonl:{line}" for line in range(1, 401)}
+    content = (built[0].parent / "cases" / "a.jsonl").read_bytes()
+    assert {case["file"] for case in cases} == {hashlib.sha256(content).hexdigest()[:16]}
+    assert {case["line"] for case in cases} == {str(line) for line in range(1, 401)}
 
 
 def test_a_case_and_a_copy_that_differs_in_blanks_and_capitals_are_one(tmp_path):
@@ -581,7 +583,7 @@ def test_a_case_with_one_word_changed_is_in_the_split_of_its_original(tmp_path):
     build_instruct(make_sources(tmp_path, cases), tmp_path / "out")
 
     listed = [json.loads(line) for line in (tmp_path / "out" / "cases.jsonl").read_text().splitlines()]
-    at = {int(case["where"].split(":")[1]): case for case in listed}
+    at = {int(case["line"]): case for case in listed}
     assert {case["split"] for case in listed} == {"train", "validation", "test"}
     assert all(at[line]["group_id"] == at[line + 100]["group_id"] for line in range(1, 51))
     assert len({case["group_id"] for case in listed}) > 90
@@ -615,6 +617,13 @@ def test_strict_stops_at_an_unusable_line_and_names_it(tmp_path):
         build_instruct(sources, tmp_path / "out", strict=True)
     assert not (tmp_path / "out").exists()
     assert build_instruct(sources, tmp_path / "out")["problem_counts"]["no_answer"] == 1
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_read(tmp_path):
+    sources = make_sources(tmp_path, [{"text": "no usable case"}])
+
+    with pytest.raises(BuildError, match="is not empty"):
+        build_instruct(sources, tmp_path)
 
 
 def test_without_a_usable_case_the_build_says_why(tmp_path):

@@ -358,9 +358,21 @@ def test_an_export_that_was_trained_on_can_be_written_again_and_a_folder_of_the_
 
     assert not list((tmp_path / "out").rglob("*.cache"))
     (tmp_path / "out" / "best.pt").write_bytes(b"weeks of training")
+    (tmp_path / "out" / "labels" / "train.cache").write_bytes(b"kept by Ultralytics")
+    before = sorted((tmp_path / "out").rglob("*"))
     with pytest.raises(BuildError, match=r"best\.pt"):
         export(path, tmp_path / "out")
+    assert sorted((tmp_path / "out").rglob("*")) == before
     assert (tmp_path / "out" / "best.pt").read_bytes() == b"weeks of training"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_read(tmp_path):
+    """Reading the labels would say that the class map lacks 7."""
+    write_pair(tmp_path / "s", "a", "7 .5 .5 .2 .2\n")
+    (tmp_path / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(BuildError, match=r"holds|is not empty"):
+        export(write_source(tmp_path / "s"), tmp_path)
 
 
 def test_sources_without_any_area_are_refused(phantoms, tmp_path):

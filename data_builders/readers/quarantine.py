@@ -35,7 +35,10 @@ def quarantine_dicom(reader: Reader) -> Reader:
 
 
 def _find_fault(item: ImageRecord | Problem) -> ImageError | None:
-    if not isinstance(item, ImageRecord) or item.path.suffix.lower() not in (".dcm", "") or not is_dicom(item.path):
+    if not isinstance(item, ImageRecord):
+        return None
+    suffix = item.path.suffix.lower()
+    if not (suffix in (".dcm", "") or suffix[1:].isdecimal()) or not is_dicom(item.path):
         return None
     from data_builders.dicom import check_dicom
 

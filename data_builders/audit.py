@@ -32,6 +32,7 @@ from data_builders.label_evidence import (
 from data_builders.leaks import find_duplicates, find_leaks, measure_leaks, place_of
 from data_builders.readers import READERS
 from data_builders.readers.cases import Case, read_cases
+from data_builders.readers.files import leaves_root, outward_link
 from data_builders.records import Finding, ImageRecord, Problem
 from data_builders.sources import Source, SourcesFile
 from data_builders.splits import Groups
@@ -119,7 +120,7 @@ def read_source(source: Source, *, workers: int = 2, progress: bool = True) -> S
     looks: dict[str, Look] = {}
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         results = track(
-            pool.map(_measure, records),
+            pool.map(lambda record: _measure(source, record), records),
             description=f"Reading {source.name}",
             total=len(records),
             console=Console(stderr=True),
@@ -147,7 +148,9 @@ def _sort_out(items: Iterable) -> tuple[list, list[Problem]]:
     return records, problems
 
 
-def _measure(record: ImageRecord) -> tuple[ImageRecord, Look | None, list[Problem]]:
+def _measure(source: Source, record: ImageRecord) -> tuple[ImageRecord, Look | None, list[Problem]]:
+    if record.path.is_symlink() and leaves_root(source, record.path):
+        return record, None, [outward_link(record.path)]  # whoever made the path, it is not opened
     if not record.path.is_file():
         return record, None, []  # the reader reported it
     try:

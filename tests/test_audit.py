@@ -112,6 +112,16 @@ def test_a_twin_without_a_label_file_contradicts_nothing(tmp_path):
     assert (record.path.name, len(record.findings)) == ("1.png", 1)
 
 
+def test_an_image_that_is_linked_from_elsewhere_is_never_opened(tmp_path):
+    root = twins(tmp_path / "s", "0 .5 .5 .1 .1\n")
+    (root / "images" / "0.png").rename(tmp_path / "outside.png")
+    (root / "images" / "0.png").symlink_to(tmp_path / "outside.png")
+    content = read(root, tmp_path / "s.yaml")
+
+    assert "unsafe_path" in codes(content.problems)
+    assert not any(record.image_id for record in content.records)
+
+
 def test_another_grade_contradicts_too(tmp_path):
     """Two photographs of equal pixels, of which one is graded mild and one severe."""
     boxes = []

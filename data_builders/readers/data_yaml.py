@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -31,7 +30,7 @@ class DataYaml:
         self._names: dict[Path, Mapping[int, str] | None] = {}
         self._splits: dict[Path, Split | None] = {}  # of folders and image files that a data.yaml lists
         self._lists_files = False
-        self._inherited: dict[str, Split | None] = {}  # of folders, from those listed: the images of one share it
+        self._inherited: dict[Path, Split | None] = {}  # of folders, from those listed: the images of one share it
 
     def find_names(self, folder: Path) -> Mapping[int, str] | None:
         """The names by class id, or `None` where no data.yaml has any."""
@@ -41,15 +40,15 @@ class DataYaml:
             self._names[folder] = own if own is not None or at_top else self.find_names(folder.parent)
         return self._names[folder]
 
-    def find_split(self, image: Path) -> Split | None:
+    def find_split(self, image: Path, folder: Path | None = None) -> Split | None:
         """The split that a data.yaml puts an image into, by its path or its nearest folder; `None` for none or two."""
         if not self._splits:
             return None
         if self._lists_files and image in self._splits:
             return self._splits[image]
-        folder = os.path.dirname(image)
+        folder = folder or image.parent
         if folder not in self._inherited:
-            self._inherited[folder] = self._find_above(Path(folder))
+            self._inherited[folder] = self._find_above(folder)
         return self._inherited[folder]
 
     def _find_above(self, folder: Path) -> Split | None:
@@ -120,13 +119,13 @@ class DataYaml:
         message = "labels hold keypoints after the box (`kpt_shape`), which were not read"
         self.problems.append(Problem("keypoints_not_read", "info", path, None, message))
 
-    def drop_keypoints(self, line: str) -> str:
-        """A label line without the keypoints that follow its box, which would look like a polygon."""
-        if self._keypoints:
-            fields = line.split()
-            if len(fields) == 5 + self._keypoints:
-                return " ".join(fields[:5])
-        return line
+    def drop_keypoints(self, text: str) -> str:
+        """The lines of a label file without the keypoints that follow a box, which would look like a polygon."""
+        if not self._keypoints:
+            return text
+        lines = [(line, line.split()) for line in text.split("\n")]
+        length = 5 + self._keypoints
+        return "\n".join(" ".join(fields[:5]) if len(fields) == length else line for line, fields in lines)
 
     def _read_splits(self, path: Path, document: Mapping) -> None:
         """Note the folders and files that `train`, `val` and `test` name, each of them a text or a list."""

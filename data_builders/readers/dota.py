@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 from data_builders.readers.batches import read_in_batches
-from data_builders.readers.drafts import LabelBook
+from data_builders.readers.drafts import Draft, LabelBook, Meaning
 from data_builders.readers.files import read_text, shorten
 from data_builders.readers.geometry import FARTHEST_PIXEL, BadAnnotation, survey_outlines
+from data_builders.readers.outlines import Outlines, add_outlines
 from data_builders.readers.pairs import Pair, pair_files, start_draft
 from data_builders.readers.quarantine import quarantine_dicom
 from data_builders.records import ImageRecord, Problem, Ring
@@ -18,6 +19,8 @@ from data_builders.sources import Source
 
 BLOCK = 200  # label files
 HEADERS = ("imagesource:", "gsd:")
+NONE = Outlines([], [], [])
+DIFFICULTIES = frozenset("0123456789")
 DIFFICULTY = re.compile("[0-9]+")
 NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", re.IGNORECASE)
 
@@ -29,8 +32,9 @@ def read_dota(source: Source) -> Iterator[ImageRecord | Problem]:
     book = LabelBook(source)
     pairs, problems = pair_files(source, "labelTxt")
     yield from problems
+    meanings: dict[str, Meaning | None] = {}
     for start in range(0, len(pairs), BLOCK):
-        yield from _read_block(book, pairs[start : start + BLOCK])
+        yield from _read_block(book, pairs[start : start + BLOCK], meanings)
     yield from book.problems()
 
 
@@ -61,13 +65,68 @@ def parse_line(line: str) -> tuple[str, Ring]:
     return " ".join(name), tuple(zip(values[::2], values[1::2], strict=True))
 
 
-def _read_block(book: LabelBook, pairs: list[Pair]) -> Iterator[ImageRecord | Problem]:
+def _read_block(
+    book: LabelBook, pairs: list[Pair], meanings: dict[str, Meaning | None]
+) -> Iterator[ImageRecord | Problem]:
     """Read some label files together, for the sake of the check of their boxes."""
-    read = []
-    for pair in pairs:
-        draft = start_draft(book, pair)
-        draft.measure()
-        read.append((draft, _read_lines(pair.labels) if pair.labels is not None else []))
+    files = [_open(book, pair) for pair in pairs]
+    outlines = [_read_plain(file, meanings) for file in files]
+    added = add_outlines([file.draft for file in files], outlines, FARTHEST_PIXEL)
+    _add_lines([file for file, is_done in zip(files, added, strict=True) if not is_done])
+    for file in files:
+        yield from file.draft.finish()
+
+
+class LabelFile(NamedTuple):
+    """A label file that was read, and the image it is about."""
+
+    draft: Draft
+    text: str
+
+
+def _open(book: LabelBook, pair: Pair) -> LabelFile:
+    draft = start_draft(book, pair)
+    draft.measure()
+    text = ""
+    if pair.labels is not None:
+        try:
+            text = read_text(pair.labels)
+        except BadAnnotation as error:
+            draft.note(error.code, "error", None, str(error))
+    return LabelFile(draft, text)
+
+
+def _read_plain(file: LabelFile, meanings: dict[str, Meaning | None]) -> Outlines:
+    """The lines of a file none of which is odd; those of any other are left to `_add_lines`, which takes longer."""
+    book, outlines = file.draft.book, Outlines([], [], [])
+    if file.draft.unit is None or book.source.origin != "human":
+        return outlines
+    for number, line in enumerate(file.text.split("\n"), 1):
+        fields = line.split()
+        if len(fields) < 10:
+            if fields and not line.lower().startswith(HEADERS):
+                return NONE
+            continue
+        if fields[-1] not in DIFFICULTIES or ("_" in line and "_" in "".join(fields[:8])):
+            return NONE
+        name = fields[8] if len(fields) == 10 else " ".join(fields[8:-1])
+        if name not in meanings:
+            meanings[name] = book.find_meaning((name,))
+        meaning = meanings[name]
+        if meaning is None:
+            return NONE
+        try:
+            outlines.values.append([*map(float, fields[:8])])
+        except ValueError:
+            return NONE
+        outlines.numbers.append(number)
+        outlines.meanings.append(meaning)
+    return outlines
+
+
+def _add_lines(files: list[LabelFile]) -> None:
+    """Add the lines of files in which anything may be odd."""
+    read = [(file.draft, _read_lines(file.text)) for file in files]
     rings = [line[1] for _, lines in read for _, line in lines if not isinstance(line, BadAnnotation)]
     bounds = iter(survey_outlines(rings))
     for draft, lines in read:
@@ -76,15 +135,10 @@ def _read_block(book: LabelBook, pairs: list[Pair]) -> Iterator[ImageRecord | Pr
                 draft.note(line.code, "error", number, str(line))
             else:
                 draft.add(number, [(line[0],)], "oriented_box", [line[1]], bounds=[next(bounds)])
-        yield from draft.finish()
 
 
-def _read_lines(path: Path) -> list[tuple[int | None, tuple[str, Ring] | BadAnnotation]]:
-    """The lines by number, each parsed or with what is wrong with it; an unreadable file is one without a number."""
-    try:
-        text = read_text(path)
-    except BadAnnotation as error:
-        return [(None, error)]
+def _read_lines(text: str) -> list[tuple[int, tuple[str, Ring] | BadAnnotation]]:
+    """The lines by number, each parsed or with what is wrong with it."""
     lines = []
     for number, content in enumerate(text.split("\n"), 1):
         if content and not content.isspace() and not content.lower().startswith(HEADERS):

@@ -17,6 +17,7 @@ from data_builders.records import Problem, Split
 from data_builders.sources import ARCHIVE_SUFFIXES, Source
 
 MAX_BYTES = 512 * 1024**2
+FIRST_READ = 16 * 1024  # most label files are smaller
 SPLITS: dict[str, Split] = {
     "train": "train",
     "valid": "validation",
@@ -37,7 +38,7 @@ class Document(NamedTuple):
     repeated_keys: tuple[str, ...]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path | str) -> str:
     """Read a text file whatever its byte order mark and line ends.
 
     Raises:
@@ -45,9 +46,12 @@ def read_text(path: Path) -> str:
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise BadAnnotation("file_too_big", f"is over {MAX_BYTES // 1024**2} MB; split it")
-            content = file.readall()
+            content = file.read(FIRST_READ)
+            if len(content) >= min(FIRST_READ, MAX_BYTES):
+                if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                    raise BadAnnotation("file_too_big", f"is over {MAX_BYTES // 1024**2} MB; split it")
+                file.seek(0)
+                content = file.readall()
     except OSError as error:
         raise BadAnnotation("unreadable_file", f"cannot be read: {error.strerror}") from None
     if content.startswith(LFS_POINTER):
@@ -99,27 +103,26 @@ def repeated_keys_problem(path: Path, document: Document) -> Iterator[Problem]:
         yield Problem("duplicate_json_keys", "error", path, None, f"keys that stand twice in one object: {keys}")
 
 
-def declared_split(source: Source, path: Path) -> Split | None:
-    """The split that the nearest folder below the source's root is named after."""
-    return _split_of_folder(source.root, os.path.dirname(path))
+def declared_split(source: Source, path: Path, folder: Path | None = None) -> Split | None:
+    """The split that the nearest folder below the source's root is named after; `folder` is the path's, if at hand."""
+    return _split_of_folder(source.root, folder or os.path.dirname(path))
 
 
-def name_below_root(source: Source, path: Path) -> str:
-    """A path as it is written in ids and places: relative to the source's root, with slashes."""
-    folder, name = os.path.split(path)
-    return _prefix_of_folder(source.root, folder) + name
-
-
-# Many files share a folder, and taking a `Path` apart costs as much as reading a line of a label file.
-@lru_cache
-def _split_of_folder(root: Path, folder: str) -> Split | None:
+@lru_cache  # many images share a folder
+def _split_of_folder(root: Path, folder: Path | str) -> Split | None:
     names = map(str.lower, reversed(Path(folder).relative_to(root).parts))
     return next((SPLITS[name] for name in names if name in SPLITS), None)
 
 
+def name_below_root(source: Source, path: Path | str) -> str:
+    """A path as it is written in ids and places: relative to the source's root, with slashes."""
+    name = str(path)[_length_with_slash(source.root) :]
+    return name if os.sep == "/" else name.replace(os.sep, "/")
+
+
 @lru_cache
-def _prefix_of_folder(root: Path, folder: str) -> str:
-    return "".join(f"{part}/" for part in Path(folder).relative_to(root).parts)
+def _length_with_slash(root: Path) -> int:
+    return len(str(root / "_")) - 1  # of `.` nothing is left
 
 
 def leaves_root(source: Source, path: Path) -> bool:
@@ -143,6 +146,14 @@ def outward_link(path: Path) -> Problem:
     return Problem("unsafe_path", "error", path, None, "is a link that leaves the source folder")
 
 
+class ImagePath(NamedTuple):
+    """The path of an image file, its folder, and the path as a text: each takes longer to make from it than to keep."""
+
+    path: Path
+    folder: Path
+    text: str
+
+
 class ImageFinder:
     """Finds the images that the annotation files in one folder name."""
 
@@ -153,28 +164,38 @@ class ImageFinder:
             if source.images
             else [folder, folder / "images", folder / "xrays", source.root / "images"]  # `xrays` is DENTEX's
         )
+        self._files = [(folder, str(folder / "_")[:-1], _list_files(folder)) for folder in self.folders]
         self._outside: dict[str, bool] = {}  # of folders, whether links lead them out of the source
 
-    def find(self, name: object) -> Path:
+    def find(self, name: object) -> ImagePath:
         """Where an image lies, or would lie if it were there.
 
         Raises:
             BadAnnotation: for a path that leaves the source folder; it is never opened.
         """
         relative = _check_name(name)
+        for folder, start, files in self._files:
+            if relative in files and not self._leads_out(start):
+                return ImagePath(folder / relative, folder, start + relative)
         path = next(filter(os.path.isfile, (f"{folder}/{relative}" for folder in self.folders)), None)
         path = path or f"{self.folders[0]}/{relative}"
-        if self._leaves_root(path):
+        if leaves_root(self.source, Path(path)) if os.path.islink(path) else self._leads_out(os.path.dirname(path)):
             raise BadAnnotation("unsafe_path", f"{shorten(name)} is a link that leaves the source folder")
-        return Path(path)
+        return ImagePath(Path(path), Path(path).parent, str(Path(path)))
 
-    def _leaves_root(self, path: str) -> bool:
-        if os.path.islink(path):
-            return leaves_root(self.source, Path(path))
-        folder = os.path.dirname(path)
+    def _leads_out(self, folder: str) -> bool:
         if folder not in self._outside:
             self._outside[folder] = leaves_root(self.source, Path(folder))
         return self._outside[folder]
+
+
+def _list_files(folder: Path) -> frozenset[str]:
+    """The names of the files in a folder, links apart; asking for each in turn takes ten times as long."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    except OSError:
+        return frozenset()
 
 
 def _check_name(name: object) -> str:
@@ -196,14 +217,17 @@ def _is_encodable(parts: list[str]) -> bool:
         return False
 
 
-def unlisted_images(source: Source, seen: set[Path]) -> Iterator[Problem]:
+def unlisted_images(source: Source, seen: set[str]) -> Iterator[Problem]:
     """One problem for all image files that no annotation file speaks of."""
-    known = set(map(str, seen))  # the hash of a text costs a tenth of that of a path
-    files = walk(source.root / (source.images or ""))
-    others = ((folder, entry) for folder, entry in files if os.path.join(folder, entry.name) not in known)
-    unlisted = [folder / entry.name for folder, entry in others if is_image_file(folder, entry)]
+    unlisted = []
+    parent, start = None, ""
+    for folder, entry in walk(source.root / (source.images or "")):
+        if folder is not parent:
+            parent, start = folder, str(folder / "_")[:-1]
+        if start + entry.name not in seen and is_image_file(folder, entry):
+            unlisted.append(entry.name)
     if unlisted:
-        message = f"{len(unlisted)} image files are in no annotation file, the first is {unlisted[0].name}; not read"
+        message = f"{len(unlisted)} image files are in no annotation file, the first is {unlisted[0]}; not read"
         yield Problem("unlisted_images", "info", source.root, None, message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -81,13 +81,104 @@ def survey_outlines(rings: Sequence[Ring]) -> list[Bounds | None]:
         counts = np.array([len(rings[index]) for index in usable])
         values = chain.from_iterable(chain.from_iterable([rings[index] for index in usable]))
         points = np.fromiter(values, float, 2 * counts.sum()).reshape(-1, 2)
-        polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(usable)), counts)))
-        simple = shapely.is_valid(polygons) & (shapely.area(polygons) > LEAST_AREA)
-        starts = np.cumsum(counts) - counts
-        sides = np.hstack([np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)]).tolist()
-        for index, is_simple, box in zip(usable, simple.tolist(), sides, strict=True):
+        sides = np.hstack(_find_bounds(points, counts)).tolist()
+        for index, is_simple, box in zip(usable, _are_simple(points, counts).tolist(), sides, strict=True):
             bounds[index] = tuple(box) if is_simple else None
     return bounds
+
+
+def fit_outlines(outlines: Sequence[list[float]], sizes: np.ndarray | None = None) -> list[Ring | None]:
+    """What `fit` makes of outlines that are as nearly all are, in a fifth of its time; `None` for any other.
+
+    Such an outline does not cross itself and lies within its image. Each is x and y of four points or more in turn,
+    in pixels where `sizes` are width and height of the image of each, else in fractions.
+    """
+    if not outlines:
+        return []
+    counts = np.array([len(values) // 2 for values in outlines])
+    points = _as_rows(outlines, 2)
+    fits = _lie_within(*_find_bounds(points, counts), sizes)
+    fits[fits] = _are_simple(points[np.repeat(fits, counts)], counts[fits])
+    ends = np.cumsum(counts)
+    is_closed = (points[ends - counts] == points[ends - 1]).all(axis=1)
+    if sizes is None:
+        values = chain.from_iterable(outlines)
+        pairs = zip(values, values, strict=True)
+    else:
+        pairs = zip(*(points / np.repeat(sizes, counts, axis=0)).T.tolist(), strict=True)
+    rings = [tuple(islice(pairs, count)) for count in counts.tolist()]
+    return [
+        (ring[:-1] if closed else ring) if fit and (len(ring) > 4 or not closed) else None
+        for ring, fit, closed in zip(rings, fits.tolist(), is_closed.tolist(), strict=True)
+    ]
+
+
+def fit_boxes(boxes: Sequence[list[float]], sizes: np.ndarray) -> list[Ring | None]:
+    """What `fit` makes of boxes (left, top, width, height) like nearly all, in a third of its time; `None` for others.
+
+    Such a box has an area and lies within its image. `sizes` are width and height of the image of each, in pixels.
+    """
+    if not boxes:
+        return []
+    numbers = _as_rows(boxes, 4)
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers far outside of any image
+        low, high = numbers[:, :2], numbers[:, :2] + numbers[:, 2:]
+        fits = _lie_within(low, high, sizes) & (low < high).all(axis=1)
+        fits &= np.prod(high - low, axis=1) > LEAST_AREA
+    sides = zip(*(low / sizes).T.tolist(), *(high / sizes).T.tolist(), fits.tolist(), strict=True)
+    return [
+        ((left, top), (right, top), (right, bottom), (left, bottom)) if fit else None
+        for left, top, right, bottom, fit in sides
+    ]
+
+
+def are_numbers(lists: Sequence[list]) -> bool:
+    """Whether some lists out of a JSON document hold nothing but numbers."""
+    return NUMBERS.issuperset(map(type, chain.from_iterable(lists)))
+
+
+def _as_rows(lists: Sequence[list[float]], columns: int) -> np.ndarray:
+    """The numbers of some lists, so many to a row; all are NaN if one is an integer that no float can hold."""
+    count = sum(map(len, lists))
+    try:
+        return np.fromiter(chain.from_iterable(lists), float, count).reshape(-1, columns)
+    except OverflowError:
+        return np.full((count // columns, columns), math.nan)
+
+
+def _lie_within(low: np.ndarray, high: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
+    """Whether each shape lies within its image, and is in pixels if `sizes` are given."""
+    if sizes is None:
+        return (low >= 0).all(axis=1) & (high <= 1).all(axis=1)
+    is_in_pixels = (high > 1).any(axis=1) | (sizes == 1).all(axis=1)
+    return is_in_pixels & (low >= 0).all(axis=1) & (high <= sizes).all(axis=1)
+
+
+def _find_bounds(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The left top and the right bottom of each outline."""
+    starts = np.cumsum(counts) - counts
+    return np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+
+
+def _are_simple(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whether each outline encloses an area without crossing itself."""
+    simple = np.zeros(len(counts), bool)
+    four = counts == 4
+    simple[four] = _are_convex(points[np.repeat(four, counts)].reshape(-1, 4, 2))
+    rest = ~simple
+    indices = np.repeat(np.arange(rest.sum()), counts[rest])
+    polygons = shapely.polygons(shapely.linearrings(points[np.repeat(rest, counts)], indices=indices))
+    simple[rest] = shapely.is_valid(polygons) & (shapely.area(polygons) > LEAST_AREA)
+    return simple
+
+
+def _are_convex(corners: np.ndarray) -> np.ndarray:
+    """Whether four corners turn clearly the same way at each, which takes far less time than what shapely does."""
+    sides = np.roll(corners, -1, axis=1) - corners
+    following = np.roll(sides, -1, axis=1)
+    turns = sides[..., 0] * following[..., 1] - sides[..., 1] * following[..., 0]
+    turns *= np.sign(turns[:, :1])
+    return (turns.min(axis=1) > NOISE * turns.max(axis=1)) & (turns.sum(axis=1) / 4 > LEAST_AREA)
 
 
 def fit(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from data_builders.readers.files import leaves_root, nothing_found, outward_link
 from data_builders.records import Problem
 from data_builders.sources import Source
 
-IsWanted = Callable[[Path, os.DirEntry[str]], bool]
 NO_LABELS = re.compile(r"readme.*|classes|.*\.(roboflow|dataset)|\..*", re.IGNORECASE)  # stems
 
 
@@ -24,38 +22,52 @@ class Pair(NamedTuple):
 
     image: Path
     has_image: bool
-    labels: Path | None
+    labels: str | None  # a text, for `Path` takes longer to make than a line of it to read
     folder: Path  # of the labels, or of the image where there are none
+    image_folder: Path | None = None  # where the image is there; to take it from `image` costs as much as a line
 
 
 class Candidate(NamedTuple):
     """A file that may be half of a pair; files that belong together have the same `key`."""
 
     key: str
-    path: Path
     folder: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+
+class Found(NamedTuple):
+    """The files of one kind below a folder."""
+
+    candidates: list[Candidate]
+    problems: list[Problem]
 
 
 def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
     """Match `images/…/a.jpg` with `<folder>/…/a.txt`, and `a.jpg` with an `a.txt` beside it."""
-    problems: list[Problem] = []
+    found, texts = _find(source, source.images, folder)
+    if source.labels != source.images:
+        _, texts = _find(source, source.labels, folder)
+    problems = found.problems + texts.problems
     images: dict[str, list[Candidate]] = defaultdict(list)
-    for image in _find(source, source.images, folder, is_image_file, problems):
+    for image in found.candidates:
         images[image.key].append(image)
-    texts = list(_find(source, source.labels, folder, _is_label_file, problems))
-    labels = _choose_labels(source, folder, texts, images, problems)
+    labels = _choose_labels(source, folder, texts.candidates, images, problems)
     pairs = []
     for key, candidates in images.items():
         image, *others = candidates
         text = labels.pop(key, None)
-        pairs.append(Pair(image.path, True, text and text.path, (text or image).folder))
+        file = text and f"{text.folder}/{text.name}"
+        pairs.append(Pair(image.path, True, file, (text or image).folder, image.folder))
         for other in others:
-            name = image.path.name
-            message = f"{other.path.name} and {name} would share a label file; it was read for {name}"
+            message = f"{other.name} and {image.name} would share a label file; it was read for {image.name}"
             problems.append(Problem("shared_label_file", "error", other.path, None, message))
-            pairs.append(Pair(other.path, True, None, other.folder))
+            pairs.append(Pair(other.path, True, None, other.folder, other.folder))
     for text in labels.values():
-        pairs.append(Pair(_missing_image(source, folder, text.path), False, text.path, text.folder))
+        pairs.append(Pair(_missing_image(source, folder, text.path), False, str(text.path), text.folder))
     if not pairs:
         problems.append(nothing_found(source, f"image, and no label file in a folder {folder!r}"))
     if len(pairs) > len(images):  # else they are in order, as they were found
@@ -63,32 +75,35 @@ def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
     return pairs, problems
 
 
-def _find(
-    source: Source, below: str | None, folder: str, is_wanted: IsWanted, problems: list[Problem]
-) -> Iterator[Candidate]:
-    """The files that are wanted, in the order of their paths, and a problem for each link out of the source."""
+def _find(source: Source, below: str | None, folder: str) -> tuple[Found, Found]:
+    """Image files and label files, in the order of their paths, and a problem for each link out of the source."""
     root = source.root / (below or "")
+    images, texts = Found([], []), Found([], [])
     parent, start = None, ""
     for current, entry in walk(root):
-        if not is_wanted(current, entry):
+        name = entry.name
+        stem, _, suffix = name.rpartition(".")
+        if suffix.lower() == "txt":
+            if NO_LABELS.fullmatch(stem):
+                continue
+            found = texts
+        elif is_image_file(current, entry):
+            found = images
+            stem = name if suffix.isdecimal() else stem  # DICOM that is named by its UID
+        else:
             continue
-        path = current / entry.name
-        if entry.is_symlink() and leaves_root(source, path):
-            problems.append(outward_link(path))
+        if entry.is_symlink() and leaves_root(source, current / name):
+            found.problems.append(outward_link(current / name))
             continue
         if current is not parent:
             parent, start = current, _start_key(current.relative_to(root), folder)
-        yield Candidate(start + (entry.name.rpartition(".")[0] or entry.name), path, current)
+        found.candidates.append(Candidate(start + (stem or name), current, name))
+    return images, texts
 
 
 def _start_key(relative: PurePath, folder: str) -> str:
     """What a folder adds to the keys of its files: its path without the folders that tell images and labels apart."""
     return "".join(f"{part}/" for part in relative.parts if part.lower() not in {"images", folder.lower()})
-
-
-def _is_label_file(_: Path, entry: os.DirEntry[str]) -> bool:
-    stem, _, suffix = entry.name.rpartition(".")
-    return suffix.lower() == "txt" and not NO_LABELS.fullmatch(stem)
 
 
 def _choose_labels(
@@ -132,7 +147,7 @@ def _folders(relative: PurePath) -> list[str]:
 
 def start_draft(book: LabelBook, pair: Pair) -> Draft:
     """A draft for the image of a pair, which says what of the pair is missing."""
-    draft = Draft(book, pair.image, pair.labels)
+    draft = Draft(book, pair.image, pair.labels, folder=pair.image_folder)
     if pair.labels is None:
         message = "has no label file, which does not mean that there is nothing to see"
         draft.note("labels_missing", "warning", None, message)

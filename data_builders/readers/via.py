@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from data_builders.readers.batches import read_in_batches
 from data_builders.readers.drafts import Draft, LabelBook, Spellings
@@ -18,10 +19,10 @@ from data_builders.readers.files import (
     shorten,
     unlisted_images,
 )
-from data_builders.readers.geometry import BadAnnotation, box_ring, ellipse_ring, read_pixels, survey_outlines
+from data_builders.readers.geometry import BadAnnotation, are_numbers, box_ring, ellipse_ring, fit_outlines, read_pixels
 from data_builders.readers.quarantine import quarantine_dicom
-from data_builders.readers.via_files import Options, Region, ViaFile, ViaImage, load_via
-from data_builders.records import Bounds, ImageRecord, Problem, Ring, Shape
+from data_builders.readers.via_files import Options, Region, ViaFile, load_via
+from data_builders.records import ImageRecord, Problem, Ring, Shape
 from data_builders.sources import Source
 
 BLOCK = 200  # images
@@ -43,12 +44,9 @@ def read_via(source: Source) -> Iterator[ImageRecord | Problem]:
         yield Problem("unused_file", "info", problem.path, None, problem.message) if not_via else problem
     if not files and not refused:
         yield nothing_found(source, f"file {source.annotations or '*.json or *.csv'}")
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for path, via in files:
-        for item in _read_file(book, path, via):
-            if isinstance(item, ImageRecord):
-                seen.add(item.path)
-            yield item
+        yield from _read_file(book, path, via, seen)
     yield from unlisted_images(source, seen)
     yield from book.problems()
 
@@ -75,7 +73,8 @@ def _load_files(source: Source, problems: list[Problem]) -> tuple[list[tuple[Pat
     return files, refused
 
 
-def _read_file(book: LabelBook, path: Path, via: ViaFile) -> Iterator[ImageRecord | Problem]:
+def _read_file(book: LabelBook, path: Path, via: ViaFile, seen: set[str]) -> Iterator[ImageRecord | Problem]:
+    """Yield the records of a file and its problems; add the paths of its images to `seen`."""
     yield from via.problems
     attribute = None
     try:
@@ -85,53 +84,47 @@ def _read_file(book: LabelBook, path: Path, via: ViaFile) -> Iterator[ImageRecor
     flawed = attribute is None or any(problem.severity == "error" for problem in via.problems)
     drafts: dict[str, Draft] = {}
     finder = ImageFinder(book.source, path.parent)
-    for image, regions in _take_shapes(via.images):
-        try:
-            file = finder.find(image.file_name)
-        except BadAnnotation as error:
-            yield Problem(error.code, "error", path, image.line, str(error))
-            continue
-        draft = drafts.get(str(file))
-        if draft is None:
-            draft = drafts[str(file)] = Draft(book, file, path, flawed=flawed)
-            draft.measure()
-        for region, surveyed in regions if attribute is not None else ():
-            _add(draft, region, surveyed, attribute, via.options)
+    images = via.images[::-1]
+    via.images.clear()
+    while images:  # an image's memory is free again when its findings take some
+        drawn: list[tuple[Draft, Region]] = []
+        for image in [images.pop() for _ in range(min(BLOCK, len(images)))]:
+            try:
+                file = finder.find(image.file_name)
+            except BadAnnotation as error:
+                yield Problem(error.code, "error", path, image.line, str(error))
+                continue
+            draft = drafts.get(file.text)
+            if draft is None:
+                draft = drafts[file.text] = Draft(book, file.path, path, flawed=flawed, folder=file.folder)
+                draft.measure()
+            drawn += [(draft, region) for region in image.regions]
+        if attribute is not None:
+            # A detector's confidence, which VIA has no place for, is asked for before the shape.
+            rings = _fit_polygons(drawn) if book.source.origin == "human" else [None] * len(drawn)
+            for (draft, region), ring in zip(drawn, rings, strict=True):
+                _add(draft, region, ring, attribute, via.options)
+    seen.update(drafts)
     for draft in sorted(drafts.values(), key=lambda draft: draft.path.parts):
         yield from draft.finish()
 
 
-class Drawn(NamedTuple):
-    """The shape of a region in pixels."""
-
-    name: Shape
-    ring: Ring
-
-
-Surveyed = tuple[Drawn | BadAnnotation, Bounds | None]
-
-
-def _take_shapes(images: list[ViaImage]) -> Iterator[tuple[ViaImage, list[tuple[Region, Surveyed]]]]:
-    """Each image with the shapes of its regions, or what is wrong with them; `images` is empty afterwards.
-
-    Beside a shape is what `survey_outlines` found of it, for a block of images at a time. An image's memory is free
-    again when its findings take some.
-    """
-    images.reverse()
-    while images:
-        block = [images.pop() for _ in range(min(BLOCK, len(images)))]
-        shapes = [_try_shape(region) for image in block for region in image.regions]
-        outlines = [shape.ring if isinstance(shape, Drawn) and shape.name == "polygon" else () for shape in shapes]
-        drawn = zip(shapes, survey_outlines(outlines), strict=True)
-        for image in block:
-            yield image, list(zip(image.regions, islice(drawn, len(image.regions)), strict=True))
-
-
-def _try_shape(region: Region) -> Drawn | BadAnnotation:
-    try:
-        return Drawn(*_read_shape(region.shape))
-    except BadAnnotation as error:
-        return error
+def _fit_polygons(drawn: list[tuple[Draft, Region]]) -> list[Ring | None]:
+    """What `fit` makes of a region that is as nearly all are, a polygon within its image; else `None`."""
+    plain, polygons, sizes = [], [], []
+    for index, (draft, region) in enumerate(drawn):
+        shape = region.shape
+        if draft.unit is not None and isinstance(shape, dict) and shape.get("name") == "polygon":
+            xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
+            if isinstance(xs, list) and isinstance(ys, list) and len(xs) == len(ys) > 3:
+                plain.append(index)
+                polygons.append([*chain.from_iterable(zip(xs, ys, strict=True))])
+                sizes.append(draft.unit)
+    rings: list[Ring | None] = [None] * len(drawn)
+    if are_numbers(polygons):
+        for index, ring in zip(plain, fit_outlines(polygons, np.array(sizes)), strict=True):
+            rings[index] = ring
+    return rings
 
 
 def _label_attribute(source: Source, regions: list[Region]) -> str:
@@ -147,32 +140,25 @@ def _label_attribute(source: Source, regions: list[Region]) -> str:
     return found[0] if found else ""
 
 
-def _add(draft: Draft, region: Region, surveyed: Surveyed, attribute: str, options: Options) -> None:
-    drawn, bounds = surveyed
+def _add(draft: Draft, region: Region, ring: Ring | None, attribute: str, options: Options) -> None:
+    """Add a region to the draft of its image; `ring` is its shape where that is fitted already."""
+    source = draft.book.source
     try:
-        if isinstance(drawn, BadAnnotation):
-            raise drawn
+        shape, drawn = ("polygon", ring) if ring else _read_shape(region.shape)
         if not isinstance(region.attributes, dict):
             raise BadAnnotation("bad_annotation", "region_attributes is no mapping")
         labels = _read_labels(region.attributes.get(attribute), options.get(attribute, {}))
         if not labels:
             labels = [("",)]
-            if isinstance(draft.book.source.classes, str) or "" not in draft.book.source.classes:
+            if isinstance(source.classes, str) or "" not in source.classes:
                 message = f"has no {attribute!r}" if attribute else "has no attributes"
                 raise BadAnnotation("label_missing", f'the region {message}; map it as `"": null` to leave such out')
-        grades = _read_grades(draft.book.source, region.attributes, options) if draft.book.source.attributes else None
+        grades = _read_grades(source, region.attributes, options) if source.attributes else None
     except BadAnnotation as error:
         draft.note(error.code, "error", region.line, str(error))
         return
-    draft.add(
-        region.line,
-        labels,
-        drawn.name,
-        [drawn.ring],
-        number=region.number,
-        attributes=grades,
-        bounds=[bounds],
-    )
+    add, rings = (draft.add_fitted, (ring,)) if ring else (draft.add, (drawn,))
+    add(region.line, labels, shape, rings, number=region.number, attributes=grades)
 
 
 def _read_labels(value: object, options: Mapping[str, str]) -> list[Spellings]:

@@ -40,10 +40,11 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The files of one kind below a folder."""
+    """The files of one kind below a folder; `refused` are the keys of those that are links out of the source."""
 
     candidates: list[Candidate]
     problems: list[Problem]
+    refused: set[str]
 
 
 def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
@@ -67,6 +68,8 @@ def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
             problems.append(Problem("shared_label_file", "error", other.path, None, message))
             pairs.append(Pair(other.path, True, None, other.folder, other.folder))
     for text in labels.values():
+        if text.key in found.refused:
+            continue  # its image was refused, and must not be looked for by the name of its labels
         pairs.append(Pair(_missing_image(source, folder, text.path), False, str(text.path), text.folder))
     if not pairs:
         problems.append(nothing_found(source, f"image, and no label file in a folder {folder!r}"))
@@ -78,7 +81,7 @@ def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
 def _find(source: Source, below: str | None, folder: str) -> tuple[Found, Found]:
     """Image files and label files, in the order of their paths, and a problem for each link out of the source."""
     root = source.root / (below or "")
-    images, texts = Found([], []), Found([], [])
+    images, texts = Found([], [], set()), Found([], [], set())
     parent, start = None, ""
     for current, entry in walk(root):
         name = entry.name
@@ -94,6 +97,7 @@ def _find(source: Source, below: str | None, folder: str) -> tuple[Found, Found]
             continue
         if entry.is_symlink() and leaves_root(source, current / name):
             found.problems.append(outward_link(current / name))
+            found.refused.add(_start_key(current.relative_to(root), folder) + (stem or name))
             continue
         if current is not parent:
             parent, start = current, _start_key(current.relative_to(root), folder)

@@ -38,7 +38,7 @@ PARTS = {  # where the builder looks each one up
     (audit, "compare"): "find near duplicates and mosaics",
     (builder, "_with_groups"): "group",
     (builder, "_compose_all"): "compose and prove",
-    (builder, "balance"): "balance",
+    (builder, "choose_rows"): "balance",
     (builder, "write_rows"): "write parquet",
     (builder, "write_jsonl"): "write records",
     (builder, "write_gallery"): "write gallery",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_builders.readers import READERS
+from data_builders.readers.files import FEW_IMAGES, ImageFinder, ImagePath
 from data_builders.readers.geometry import BadAnnotation, box_ring, fit, fit_boxes, fit_outlines
 from data_builders.records import Finding, make_finding
 from data_builders.sources import Source
@@ -120,3 +121,46 @@ def test_a_finding_made_fast_is_a_finding_like_any_other():
     assert made.bounds == (0.0, 0.0, 1.0, 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.label = "infection"
+
+
+def test_images_are_found_alike_whether_a_file_names_few_or_many(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    for folder in (outside, root / "images", root / "sub"):
+        folder.mkdir(parents=True)
+    for path in (outside / "x.png", root / "a.png", root / "images" / "a.png", root / "images" / "b.png"):
+        path.write_bytes(b"")
+    for link, target in {
+        "leaves.png": outside / "x.png",
+        "stays.png": root / "a.png",
+        "images/a2.png": "a.png",
+    }.items():
+        (root / link).symlink_to(target)
+    (root / "images" / "leaves.png").write_bytes(b"")
+    (root / "xrays").symlink_to(outside)
+    source = Source(name="s", reader="coco", root=root, classes={"a": "caries"}, modality="panoramic")
+    names = ["a.png", "b.png", "./a.png", "images/b.png", "stays.png", "a2.png", "leaves.png", "x.png", "sub", "no.png"]
+
+    def find(finder, name):
+        try:
+            return finder.find(name)
+        except BadAnnotation as error:
+            return error.code
+
+    many = ImageFinder(source, root)
+    for _ in range(FEW_IMAGES):
+        many.find("a.png")
+    found = {name: find(many, name) for name in names}
+
+    assert found == {name: find(ImageFinder(source, root), name) for name in names}
+    assert {name: file.text if isinstance(file, ImagePath) else file for name, file in found.items()} == {
+        "a.png": f"{root}/a.png",
+        "b.png": f"{root}/images/b.png",
+        "./a.png": f"{root}/a.png",
+        "images/b.png": f"{root}/images/b.png",
+        "stays.png": f"{root}/stays.png",
+        "a2.png": f"{root}/images/a2.png",
+        "leaves.png": "unsafe_path",
+        "x.png": "unsafe_path",
+        "sub": f"{root}/sub",
+        "no.png": f"{root}/no.png",
+    }

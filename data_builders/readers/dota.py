@@ -32,7 +32,7 @@ def read_dota(source: Source) -> Iterator[ImageRecord | Problem]:
     book = LabelBook(source)
     pairs, problems = pair_files(source, "labelTxt")
     yield from problems
-    meanings: dict[str, Meaning | None] = {}
+    meanings = Meanings(book)
     for start in range(0, len(pairs), BLOCK):
         yield from _read_block(book, pairs[start : start + BLOCK], meanings)
     yield from book.problems()
@@ -65,9 +65,19 @@ def parse_line(line: str) -> tuple[str, Ring]:
     return " ".join(name), tuple(zip(values[::2], values[1::2], strict=True))
 
 
-def _read_block(
-    book: LabelBook, pairs: list[Pair], meanings: dict[str, Meaning | None]
-) -> Iterator[ImageRecord | Problem]:
+class Meanings(dict[str, Meaning | None]):
+    """What the end of a line, a class name and a difficulty of one digit, means; `None` for any other end."""
+
+    def __init__(self, book: LabelBook) -> None:
+        self._book = book
+
+    def __missing__(self, end: str) -> Meaning | None:
+        *name, difficulty = end.split()
+        self[end] = self._book.find_meaning((" ".join(name),)) if name and difficulty in DIFFICULTIES else None
+        return self[end]
+
+
+def _read_block(book: LabelBook, pairs: list[Pair], meanings: Meanings) -> Iterator[ImageRecord | Problem]:
     """Read some label files together, for the sake of the check of their boxes."""
     files = [_open(book, pair) for pair in pairs]
     outlines = [_read_plain(file, meanings) for file in files]
@@ -96,27 +106,23 @@ def _open(book: LabelBook, pair: Pair) -> LabelFile:
     return LabelFile(draft, text)
 
 
-def _read_plain(file: LabelFile, meanings: dict[str, Meaning | None]) -> Outlines:
+def _read_plain(file: LabelFile, meanings: Meanings) -> Outlines:
     """The lines of a file none of which is odd; those of any other are left to `_add_lines`, which takes longer."""
-    book, outlines = file.draft.book, Outlines([], [], [])
-    if file.draft.unit is None or book.source.origin != "human":
+    outlines = Outlines([], [], [])
+    if file.draft.unit is None or file.draft.book.source.origin != "human":
         return outlines
+    has_underscore = "_" in file.text  # float() reads 1_000 as a number
     for number, line in enumerate(file.text.split("\n"), 1):
-        fields = line.split()
-        if len(fields) < 10:
+        fields = line.split(None, 8)
+        if len(fields) < 9:
             if fields and not line.lower().startswith(HEADERS):
                 return NONE
             continue
-        if fields[-1] not in DIFFICULTIES or ("_" in line and "_" in "".join(fields[:8])):
-            return NONE
-        name = fields[8] if len(fields) == 10 else " ".join(fields[8:-1])
-        if name not in meanings:
-            meanings[name] = book.find_meaning((name,))
-        meaning = meanings[name]
-        if meaning is None:
+        meaning = meanings[fields.pop()]
+        if meaning is None or (has_underscore and "_" in "".join(fields)):
             return NONE
         try:
-            outlines.values.append([*map(float, fields[:8])])
+            outlines.values.append([*map(float, fields)])
         except ValueError:
             return NONE
         outlines.numbers.append(number)

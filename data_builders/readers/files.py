@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from data_builders.sources import ARCHIVE_SUFFIXES, Source
 
 MAX_BYTES = 512 * 1024**2
 FIRST_READ = 16 * 1024  # most label files are smaller
+FEW_IMAGES = 100  # to ask for each is as fast as to list their folder
 SPLITS: dict[str, Split] = {
     "train": "train",
     "valid": "validation",
@@ -164,7 +165,7 @@ class ImageFinder:
             if source.images
             else [folder, folder / "images", folder / "xrays", source.root / "images"]  # `xrays` is DENTEX's
         )
-        self._files = [(folder, str(folder / "_")[:-1], _list_files(folder)) for folder in self.folders]
+        self._asked = 0
         self._outside: dict[str, bool] = {}  # of folders, whether links lead them out of the source
 
     def find(self, name: object) -> ImagePath:
@@ -174,14 +175,28 @@ class ImageFinder:
             BadAnnotation: for a path that leaves the source folder; it is never opened.
         """
         relative = _check_name(name)
-        for folder, start, files in self._files:
-            if relative in files and not self._leads_out(start):
-                return ImagePath(folder / relative, folder, start + relative)
-        path = next(filter(os.path.isfile, (f"{folder}/{relative}" for folder in self.folders)), None)
-        path = path or f"{self.folders[0]}/{relative}"
-        if leaves_root(self.source, Path(path)) if os.path.islink(path) else self._leads_out(os.path.dirname(path)):
+        self._asked += 1
+        found = self._find_listed(relative) if self._asked > FEW_IMAGES else None
+        if found:
+            return found
+        text = next(filter(os.path.isfile, (f"{folder}/{relative}" for folder in self.folders)), None)
+        path = Path(text or f"{self.folders[0]}/{relative}")
+        if leaves_root(self.source, path) if path.is_symlink() else self._leads_out(os.path.dirname(path)):
             raise BadAnnotation("unsafe_path", f"{shorten(name)} is a link that leaves the source folder")
-        return ImagePath(Path(path), Path(path).parent, str(Path(path)))
+        return ImagePath(path, path.parent, str(path))
+
+    def _find_listed(self, name: str) -> ImagePath | None:
+        """Where a plain file of that name lies, if that can be told from the lists of the folders' files."""
+        for folder, start, is_plain in self._listed:
+            if name in is_plain:
+                is_safe = is_plain[name] and not self._leads_out(start)
+                return ImagePath(folder / name, folder, start + name) if is_safe else None
+        return None
+
+    @cached_property
+    def _listed(self) -> list[tuple[Path, str, dict[str, bool]]]:
+        """Each folder, the start of its files' paths, and its entries by name, with whether they are plain files."""
+        return [(folder, str(folder / "_")[:-1], _list_entries(folder)) for folder in dict.fromkeys(self.folders)]
 
     def _leads_out(self, folder: str) -> bool:
         if folder not in self._outside:
@@ -189,13 +204,12 @@ class ImageFinder:
         return self._outside[folder]
 
 
-def _list_files(folder: Path) -> frozenset[str]:
-    """The names of the files in a folder, links apart; asking for each in turn takes ten times as long."""
+def _list_entries(folder: Path) -> dict[str, bool]:
     try:
         with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+            return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     except OSError:
-        return frozenset()
+        return {}
 
 
 def _check_name(name: object) -> str:

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
     image: Path
     has_image: bool
-    labels: str | None  # a text, for `Path` takes longer to make than a line of it to read
+    labels: str | None
     folder: Path  # of the labels, or of the image where there are none
     image_folder: Path | None = None  # where the image is there; to take it from `image` costs as much as a line
 
@@ -33,6 +33,7 @@ class Candidate(NamedTuple):
     key: str
     folder: Path
     name: str
+    text: str  # the path, which takes longer to make as a `Path`
 
     @property
     def path(self) -> Path:
@@ -61,8 +62,7 @@ def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
     for key, candidates in images.items():
         image, *others = candidates
         text = labels.pop(key, None)
-        file = text and f"{text.folder}/{text.name}"
-        pairs.append(Pair(image.path, True, file, (text or image).folder, image.folder))
+        pairs.append(Pair(image.path, True, text and text.text, (text or image).folder, image.folder))
         for other in others:
             message = f"{other.name} and {image.name} would share a label file; it was read for {image.name}"
             problems.append(Problem("shared_label_file", "error", other.path, None, message))
@@ -70,7 +70,7 @@ def pair_files(source: Source, folder: str) -> tuple[list[Pair], list[Problem]]:
     for text in labels.values():
         if text.key in found.refused:
             continue  # its image was refused, and must not be looked for by the name of its labels
-        pairs.append(Pair(_missing_image(source, folder, text.path), False, str(text.path), text.folder))
+        pairs.append(Pair(_missing_image(source, folder, text.path), False, text.text, text.folder))
     if not pairs:
         problems.append(nothing_found(source, f"image, and no label file in a folder {folder!r}"))
     if len(pairs) > len(images):  # else they are in order, as they were found
@@ -82,7 +82,7 @@ def _find(source: Source, below: str | None, folder: str) -> tuple[Found, Found]
     """Image files and label files, in the order of their paths, and a problem for each link out of the source."""
     root = source.root / (below or "")
     images, texts = Found([], [], set()), Found([], [], set())
-    parent, start = None, ""
+    parent, key_start, path_start = None, "", ""
     for current, entry in walk(root):
         name = entry.name
         stem, _, suffix = name.rpartition(".")
@@ -100,8 +100,9 @@ def _find(source: Source, below: str | None, folder: str) -> tuple[Found, Found]
             found.refused.add(_start_key(current.relative_to(root), folder) + (stem or name))
             continue
         if current is not parent:
-            parent, start = current, _start_key(current.relative_to(root), folder)
-        found.candidates.append(Candidate(start + (stem or name), current, name))
+            parent, path_start = current, str(current / "_")[:-1]
+            key_start = _start_key(current.relative_to(root), folder)
+        found.candidates.append(Candidate(key_start + (stem or name), current, name, path_start + name))
     return images, texts
 
 

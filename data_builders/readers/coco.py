@@ -311,7 +311,7 @@ def _get(entry: object, key: str) -> object:
 
 
 def _get_ids(entries: list, key: str) -> list[int | str | None]:
-    """What `_get_id` finds in each, in a third of the time where all of them are whole numbers."""
+    """What `_get_id` finds in each, without asking it where all of them are whole numbers."""
     ids = [entry.get(key) if type(entry) is dict else None for entry in entries]
     return ids if {int}.issuperset(map(type, ids)) else [_get_id(entry, key) for entry in entries]
 

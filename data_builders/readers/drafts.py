@@ -257,7 +257,7 @@ class Draft:
     def add_plain(self, shape: Shape, annotations: Iterable[tuple[int | str, int, Meaning, Ring]]) -> None:
         """Add what persons annotated: of each its line, its number in the file, its label, its shape as `fit` left it.
 
-        Nothing can be wrong with these any more, which saves half of the time that `add_fitted` takes.
+        Nothing can be wrong with these any more, which saves a quarter of the time that `add_fitted` takes.
         """
         counts, start, place = self.book.counts, self.identity_start, self.place_start
         for line, number, (spellings, raw, label), ring in annotations:

@@ -18,7 +18,7 @@ from data_builders.sources import ARCHIVE_SUFFIXES, Source
 
 MAX_BYTES = 512 * 1024**2
 FIRST_READ = 16 * 1024  # most label files are smaller
-FEW_IMAGES = 100  # to ask for each is as fast as to list their folder
+FEW_IMAGES = 100  # to ask for each of so few is faster than to list a folder of thousands
 SPLITS: dict[str, Split] = {
     "train": "train",
     "valid": "validation",

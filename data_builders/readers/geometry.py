@@ -88,7 +88,7 @@ def survey_outlines(rings: Sequence[Ring]) -> list[Bounds | None]:
 
 
 def fit_outlines(outlines: Sequence[list[float]], sizes: np.ndarray | None = None) -> list[Ring | None]:
-    """What `fit` makes of outlines that are as nearly all are, in a fifth of its time; `None` for any other.
+    """What `fit` makes of outlines that are as nearly all are, in a fourth of its time; `None` for any other.
 
     Such an outline does not cross itself and lies within its image. Each is x and y of four points or more in turn,
     in pixels where `sizes` are width and height of the image of each, else in fractions.

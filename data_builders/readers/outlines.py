@@ -22,7 +22,7 @@ class Outlines(NamedTuple):
 
 
 def add_outlines(drafts: Sequence[Draft], outlines: Sequence[Outlines], limit: float) -> list[bool]:
-    """Add the outlines of each file to its draft, in half of the time of `Draft.add`; say for each file whether it was.
+    """Add the outlines of each file to its draft, sooner than `Draft.add` does; say for each file whether it was.
 
     A file without any is not, nor is one with a number beyond `limit`. The outlines are those of persons, and in one
     file either all have four points or none has.

@@ -186,13 +186,13 @@ def check_text(
     wrong += _check_question(asked, claims, question_type)
     wrong += _check_verdict(said, claims, question_type)
     wrong += _check_guidance(said.guidance, claims, record, language, vocabulary, question_type)
-    statements = [statement for statement in said.statements if not _is_introduction(statement)]
+    statements = [statement for statement in said.statements if not is_introduction(statement)]
     about_findings = [claim for claim in claims if claim.label != IMAGE]
     for statement in statements:
-        if not any(_agree(statement, claim, context) for claim in about_findings):
+        if not any(agree(statement, claim, context) for claim in about_findings):
             wrong.append(f"the answer {answer!r} says {_describe(statement)}, which no claim does")
     for claim in about_findings:
-        if not any(_agree(statement, claim, context) for statement in statements):
+        if not any(agree(statement, claim, context) for statement in statements):
             wrong.append(f"the answer {answer!r} does not say {claim}")
     for claim in claims:
         if claim.label == IMAGE and frozenset([claim.modality]) not in said.modalities:
@@ -286,12 +286,13 @@ def _check_scope(
             yield f"the answer leaves out {finding.finding_id} ({finding.label})"
 
 
-def _is_introduction(statement: Statement) -> bool:
+def is_introduction(statement: Statement) -> bool:
     """`These teeth can be identified: …` counts nothing and denies nothing."""
     return statement in (Statement(labels=statement.labels),) and "tooth" in statement.labels
 
 
-def _agree(statement: Statement, claim: Claim, context: frozenset[str]) -> bool:
+def agree(statement: Statement, claim: Claim, context: frozenset[str]) -> bool:
+    """Whether a statement says what a claim does; `context` is what it speaks of where it names no finding."""
     labels = statement.labels or context or (frozenset(["tooth"]) if statement.tooth else context)
     if labels and claim.label not in labels:
         return False

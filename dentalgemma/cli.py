@@ -62,6 +62,7 @@ Data = Annotated[Path | None, typer.Option(help="The folder with the downloads t
 
 class Family(StrEnum):
     gemma3 = "gemma3"
+    gemma4 = "gemma4"
 
 
 class Mode(StrEnum):
@@ -337,26 +338,42 @@ def tiny_model(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="A run folder with an adapter.")],
+    run: Annotated[str, typer.Argument(help="A run folder with an adapter, a checkpoint, or an adapter's Hub id.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     base: Annotated[str | None, typer.Option(help="The base, where the adapter does not name the right one.")] = None,
-    dtype: Annotated[str, typer.Option(help="What the merged weights are cast to: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="What the merged weights are cast to: bfloat16, float16; float32 loses nothing.")
+    ] = "bfloat16",
+    rows: Annotated[
+        str | None, typer.Option(help="The dataset whose validation rows adapter and merged model must answer alike.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base, check the result, and write a model folder with its certificate.
+    """Fold an adapter and those before it into their base, once, and write a model folder with its certificate.
 
-    Example: `dentalgemma merge runs/stage1_vqa --out models/stage1_vqa`
+    Every tensor is read again and compared, and the folder must answer as the adapters did. Exit code 1 if a check
+    fails: such a folder gets no card and is not pushed.
+
+    Example: `dentalgemma merge runs/stage1_vqa --out models/stage1_vqa --rows data/vqa`
     """
     from dentalgemma.merging import merge_adapter
 
-    certificate = merge_adapter(run, out, base=base, dtype=dtype)
+    certificate = merge_adapter(run, out, base=base, dtype=dtype, rows=rows)
     if as_json:
         typer.echo(json.dumps(certificate, indent=2))
         return
+    update = certificate["rounding"]
     changed = f"{certificate['changed_tensors']} of {certificate['tensors']} tensors changed"
     parity = f"logits differ by at most {certificate['max_logit_difference']:.1e} in fp32"
     cast = f"{certificate['reloaded_max_logit_difference']:.1e} after the cast to {dtype}"
-    out_console.print(f"Wrote {out}: {changed}; {parity}, {cast}", soft_wrap=True)
+    out_console.print(f"Wrote {out}: {changed}; {parity}, {cast}, on {certificate['parity_inputs']}", soft_wrap=True)
+    out_console.print(
+        f"The cast: error {update['relative_error']:.1%} of the update, cosine {update['cosine']:.4f}, "
+        f"{update['unchanged_share']:.1%} of its entries without effect",
+        soft_wrap=True,
+    )
+    for warning in certificate["warnings"]:
+        out_console.print(f"[yellow]{warning}", soft_wrap=True)
 
 
 @app.command()
@@ -460,6 +477,47 @@ def quickstart(
 
     page = run_quickstart(out, seed=seed, control=control)
     out_console.print(f"Open {page}", soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A stage's YAML; options of its recipe may follow.")],
+    gpu: Annotated[str | None, typer.Option(help="The GPU that will train: t4, l4, a10g, a100, h100, …")] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many of them; else as accelerate has it.")] = None,
+    accelerate: Annotated[Path | None, typer.Option(help="The accelerate configuration of the run.")] = None,
+    throughput: Annotated[float | None, typer.Option(min=1e-6, help="Rows per second, where it is known.")] = None,
+    first_loss: Annotated[bool, typer.Option(help="Measure the first loss, if the weights are here.")] = True,
+    rehearse: Annotated[bool, typer.Option(help="Also run the recipe for a few steps on a small model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a training run before it costs money: rows, labels, memory, time, disk. Exits with 2 if it would be wasted.
+
+    Example: `dentalgemma doctor recipes/stage1_vqa.yaml --gpu l4 --dataset_name data/vqa --rehearse`
+    """
+    from dentalgemma.training.doctor import diagnose
+
+    found = diagnose(
+        config,
+        context.args,
+        gpu=gpu,
+        gpus=gpus,
+        accelerate=accelerate,
+        throughput=throughput,
+        first_loss=first_loss,
+    )
+    if rehearse:
+        from dentalgemma.training.dry_run import add_rehearsal
+
+        add_rehearsal(found, config, context.args)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+    else:
+        from dentalgemma.training.doctor_page import print_page
+
+        print_page(found.as_json(), out_console)
+    if not found.sound:
+        raise typer.Exit(2)
 
 
 @app.command()

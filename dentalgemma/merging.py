@@ -1,27 +1,60 @@
-"""Fold an adapter into its base in fp32, cast once, and prove that the merged model answers as the adapter did."""
+"""Fold an adapter, and all that it was trained on top of, into its base once; and certify what came out.
+
+Nothing that was merged is taken on trust: every tensor is read again and compared with the base, every update with
+PEFT's own, and the folder, loaded alone, must answer as the adapters did. A folder whose certificate failed gets no
+card and is not pushed.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from PIL import Image
-from transformers import ProcessorMixin
+from huggingface_hub.errors import HFValidationError
 
 from data_builders.records import InputError
-from dentalgemma.models.loading import LoadError, fingerprint_weights, load_pretrained
-from dentalgemma.training.run_facts import FILE_NAME, read_run_facts, without_folder
+from dentalgemma.adapters import Adapter, check_numbers, read_adapter
+from dentalgemma.folding import COSINE_WARNING, check_space, fold, inspect_fold, plan_updates
+from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint_files, weights_folder
+from dentalgemma.models.processors import load_processor
+from dentalgemma.parity import Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
+from dentalgemma.training.run_facts import FILE_NAME, facts_of, without_folder
+from dentalgemma.weight_files import open_model
 
 CERTIFICATE = "merge_certificate.json"
-UNRECORDED = "unrecorded"
 DTYPES = ("bfloat16", "float16", "float32")
-PARITY_PROMPT = "What abnormalities are visible on this panoramic radiograph, and where?"
+# What a model folder consists of beside its weights; anything else in the base's folder is not the model's.
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+PREPROCESSOR = "preprocessor_config.json"
 # Of the largest logit. fp32 rounding stays below it; a merge that garbles weights is off by whole units.
 PARITY_TOLERANCE = 1e-3
+# Of the adapter's own effect on the logits: rounding may cost part of it, and is warned of earlier. A lost adapter is
+# as far off as the base, a garbled one farther.
+NEARER_THAN_BASE = 0.75
+# Share of the adapted tensors that may lie below COSINE_WARNING without a word.
+TENSORS_BELOW = 0.1
+# Both multiply the same factors in fp32, in another order.
+PEFT_TOLERANCE = 1e-4
 
 
 class MergeError(InputError):
@@ -30,110 +63,246 @@ class MergeError(InputError):
     exit_code = 1
 
 
-def merge_adapter(run: Path, out: Path, *, base: str | None = None, dtype: str = "bfloat16") -> dict:
-    """Merge the adapter in `run` into its base, write a model folder to `out`, and return the merge certificate.
+def merge_adapter(
+    run: str | Path, out: Path, *, base: str | None = None, dtype: str = "bfloat16", rows: str | None = None
+) -> dict:
+    """Fold the adapter `run`, after those in its `chain`, into its base, once; write a model folder.
 
-    The arithmetic is fp32 throughout; `dtype` is what the weights are cast to at the very end. The folder holds
-    safetensors, processor, chat template, generation configuration and `merge_certificate.json`, and loads with plain
-    transformers.
+    Returns its certificate.
+
+    `run` is a run folder, a checkpoint in one, or an adapter on the Hub. The arithmetic is fp32 throughout; `dtype` is
+    what the weights are cast to at the very end. `rows` names a dataset whose validation rows the merged model must
+    answer as the adapters did; without it the run's own is taken where it lies in its usual place. The folder appears
+    under its name only when it is complete, and loads with plain transformers.
 
     Raises:
-        MergeError: when nothing changed, or when the merged logits are not the adapter's.
+        MergeError: when nothing changed, or when the certificate failed; in the latter case it lies in `out`.
+        InputError: when adapter and base do not belong together, or cannot be folded with a proof.
         LoadError: when base or adapter cannot be loaded, or `out` is not empty.
     """
-    run, out = Path(run), Path(out)
+    out = Path(out)
     if dtype not in DTYPES:
         raise LoadError(f"no dtype {dtype!r} for a merged model; choose among {', '.join(DTYPES)}")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoadError(f"{out} is not empty; choose another --out")
-    if not (run / "adapter_config.json").is_file():
+    if Path(run).is_dir() and not (Path(run) / "adapter_config.json").is_file():
         raise LoadError(f"{run} holds no adapter (no adapter_config.json)")
-    base = base or PeftConfig.from_pretrained(str(run)).base_model_name_or_path
-    if base is None:
-        raise LoadError(f"{run} does not say which base it adapts; name it with --base")
-    model, processor = load_pretrained(base, dtype=torch.float32)
-    names = set(model.state_dict())
-    adapted = PeftModel.from_pretrained(model, str(run)).eval()
-    inputs = _parity_inputs(processor)
-    expected = _logits(adapted, inputs)
-    changed = _count_changes(adapted)
-    merged = adapted.merge_and_unload()
-    found = _logits(merged, inputs)
-    if set(merged.state_dict()) != names:
-        odd = sorted(set(merged.state_dict()) ^ names)
-        raise MergeError(f"the merged model has other weights than its base, for example {odd[0]}")
-    if not changed:
-        raise MergeError(f"the adapter in {run} changes no weight of {base}; did it train?")
+    start = find_start(run)
+    if not start.adapters:
+        raise LoadError(f"{run} holds no adapter; a merge needs a run folder, or the Hub id of one")
+    folder = _base_folder(base, start)
+    adapters = [read_adapter(adapter) for adapter in start.adapters]
+    name = without_folder(str(base or start.base))
+    stages = _lineage(folder, start.adapters, name)
+    weights = fingerprint_files(folder)
+    _check_base(folder, weights, stages)
+    for adapter in adapters:
+        if not check_numbers(adapter):
+            raise MergeError(f"the adapter in {adapter.folder} changes no weight of {folder}; did it train?")
     certificate = {
-        "base_model": without_folder(str(base)),
-        "adapter": run.name,
+        "base_model": name,
+        "base_revision": None if base else start.revision,
+        "base_weights": weights,
+        "adapter": Path(run).name,
+        "adapters": [adapter.folder.name for adapter in adapters],
         "dtype": dtype,
-        "tensors": len(names),
-        "changed_tensors": changed,
-        **_compare_logits(expected, found),
     }
-    # Written so that NaN fails: no comparison with it is ever true.
-    if not certificate["max_logit_difference"] <= PARITY_TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise MergeError(f"merged logits differ from the adapter's by {certificate['max_logit_difference']:.2g}")
-    merged.to(getattr(torch, dtype)).save_pretrained(out)
-    processor.save_pretrained(out)
-    certificate |= _reload(out, inputs, expected)
-    certificate["stages"] = _lineage(base, run)
-    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished = out.absolute().parent / f".{out.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
+    try:
+        unfinished.mkdir(parents=True)
+        certificate |= _merge(folder, adapters, unfinished, getattr(torch, dtype), rows or _rows_at_hand(stages))
+        certificate |= {"stages": stages, "adapted": certificate.pop("adapted")}  # the longest last
+        write_certificate(unfinished, certificate)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise MergeError(f"no space left for the merged model in {unfinished.parent}; nothing was kept") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if not certificate["passed"]:
+        raise MergeError(f"{out} must not be used: {'; '.join(certificate['failures'])} (see its {CERTIFICATE})")
     return certificate
 
 
-def _lineage(base: str, run: Path) -> list[dict]:
-    """The facts of every stage behind a model, the earliest first: those its base carries, then this run's.
+def _base_folder(base: str | None, start: Start) -> Path:
+    name = base or start.base
+    try:
+        return weights_folder(name, None if base else start.revision)
+    except LoadError as error:
+        raise LoadError(f"{error}; --base names the adapter's base if it lies elsewhere") from error
+    except HFValidationError:  # the path of a folder that is gone
+        raise LoadError(f"{name} is not here; --base names the adapter's base if it lies elsewhere") from None
+
+
+def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dtype, rows: str | None) -> dict:
+    """Write the model folder and return what was found in it; base, adapters and result are never in memory at once."""
+    files = open_model(folder)
+    updates = plan_updates(folder, files, adapters)
+    check_space(files, dtype, out)
+    batches, described = make_batches(load_processor(folder), rows)
+    _copy_settings(folder, out, dtype)
+    fold(files, updates, out, dtype)
+    facts, failures = inspect_fold(files, updates, out, dtype)
+    facts["parity_inputs"] = described
+    if not failures:  # a folder that is wrong already might not even load
+        reference = ask_reference(folder, adapters, batches, files, updates)
+        failures += reference.failures
+        answers = ask_merged(out, batches)
+        facts |= _judge(reference, answers, failures)
+        facts["weights"] = answers.weights
+        facts["files"] = fingerprint_files(out)
+    return {"passed": not failures, "failures": failures, "warnings": _warnings(facts, dtype), **facts}
+
+
+def _judge(reference: Reference, answers: Answers, failures: list[str]) -> dict:
+    """Compare logits with those of the adapters: in fp32 before the cast, the cast weights in fp32, and as loaded."""
+    facts = {"peft_difference": reference.peft_difference}
+    facts |= compare_logits(reference.adapted, reference.folded)
+    facts |= compare_logits(reference.adapted, answers.in_fp32, "cast_")
+    facts |= compare_logits(reference.adapted, answers.loaded, "reloaded_")
+    facts |= compare_logits(reference.adapted, reference.base, "base_")
+    largest = max(logits.abs().max().item() for logits in reference.adapted)
+    # Each is written so that NaN fails: no comparison with it is ever true.
+    if not facts["peft_difference"] <= PEFT_TOLERANCE:
+        failures.append(f"updates differ from PEFT's by {facts['peft_difference']:.2g} of their norm")
+    if not facts["max_logit_difference"] <= PARITY_TOLERANCE * max(1.0, largest):
+        failures.append(f"folded logits differ from the adapter's by {facts['max_logit_difference']:.2g}")
+    near, far = facts["cast_mean_logit_difference"], facts["base_mean_logit_difference"]
+    if not near < NEARER_THAN_BASE * far:
+        failures.append(
+            f"the adapter is lost: the merged model's logits are {near:.2g} from the adapter's on average, the bare "
+            f"base's {far:.2g}; merge with --dtype float32 if rounding did it"
+        )
+    if not math.isfinite(facts["reloaded_max_logit_difference"]):
+        failures.append("the merged model answers with numbers that are not finite; use --dtype float32")
+    return facts
+
+
+def _warnings(facts: dict, dtype: torch.dtype) -> list[str]:
+    """What the cast cost, where that is more than `COSINE_WARNING` allows."""
+    figures, tensors = facts["rounding"], facts["adapted"].values()
+    below = sum(tensor["cosine"] < COSINE_WARNING for tensor in tensors)
+    # Both, since one aligner trained in full may be larger than all the updates of a language model together.
+    if figures["cosine"] >= COSINE_WARNING and below <= TENSORS_BELOW * len(tensors):
+        return []
+    return [
+        f"rounding to {_plain(dtype)} left an error of {figures['relative_error']:.0%} of the update (cosine "
+        f"{figures['cosine']:.2f}, below {COSINE_WARNING} in {below} of {facts['adapted_tensors']} tensors; "
+        f"{figures['unchanged_share']:.0%} of its entries have no effect): --dtype float32 keeps it whole"
+    ]
+
+
+def _check_base(folder: Path, weights: str, stages: Sequence[dict]) -> None:
+    """Refuse a base that is quantised or not the one that was trained on, and a run that is known to be wrong."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if quantised is not None:
+        raise InputError(
+            f"{folder} is quantised ({quantised.get('quant_method', 'quantization_config')}): an adapter is folded "
+            "into 16-bit weights; name the 16-bit model with --base"
+        )
+    for stage in stages:
+        if "merged_into" in stage:
+            continue
+        trained_on = stage.get("base_weights")
+        if trained_on is not None and trained_on != weights:
+            raise InputError(
+                f"{stage['merged_from']} was trained on other weights than those in {folder} (fingerprint "
+                f"{trained_on}, here {weights}); name its own base with --base"
+            )
+        if (stage.get("proof") or {}).get("passed") is False:
+            raise InputError(
+                f"{stage['merged_from']} did not train what it was to train: see `proof` in its {FILE_NAME}; "
+                "it is not merged"
+            )
+
+
+def _lineage(folder: Path, adapters: Sequence[Path], name: str) -> list[dict]:
+    """The facts of every stage behind a model, the earliest first: those its base carries, then the adapters'.
 
     A checkpoint's are those of the run around it. A stage without facts is kept as unrecorded, and has no card.
     """
-    path = Path(base) / CERTIFICATE
-    earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
-    for folder in (run, run.parent):
-        if (folder / FILE_NAME).is_file():
-            return [*earlier, read_run_facts(folder) | {"merged_from": run.name}]
-    return [*earlier, {"stage": UNRECORDED, "merged_from": run.name, "base_model": without_folder(str(base))}]
+    stages = []
+    if (folder / CERTIFICATE).is_file():
+        stages = [{"merged_into": name, **stage} for stage in read_certificate(folder)["stages"]]
+    for adapter in adapters:
+        facts = {"base_model": name, **facts_of(adapter), "merged_from": adapter.name}
+        facts.pop("chain", None)  # the same facts as those of the adapters before it
+        stages.append(facts)
+    return stages
 
 
-def _parity_inputs(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    picture = Image.linear_gradient("L").convert("RGB")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": PARITY_PROMPT}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+def _rows_at_hand(stages: Sequence[dict]) -> str | None:
+    """The last stage's dataset, where it lies in `data/` as in the documentation, or is named by a path that exists."""
+    name = stages[-1].get("dataset")
+    places = [Path(name), Path("data") / Path(name).name] if name else []
+    return next((str(place) for place in places if (place / "build_report.json").is_file()), None)
 
 
-@torch.inference_mode()
-def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-    return model(**cast).logits.float()
+def _copy_settings(folder: Path, out: Path, dtype: torch.dtype) -> None:
+    """Configuration, processor, tokenizer and chat template as the base has them, but for the type of the weights."""
+    for name in COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("dtype", "torch_dtype"):
+            if part.get(name) in DTYPES:
+                part[name] = _plain(dtype)
+    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not (out / PREPROCESSOR).is_file():
+        _write_preprocessor_config(folder, out / PREPROCESSOR)
 
 
-def _count_changes(adapted: PeftModel) -> int:
-    """How many weights the adapter changes: those whose product of low-rank factors is not zero throughout."""
-    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    return sum(bool(layer.get_delta_weight(name).any()) for layer in layers for name in layer.active_adapters)
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _compare_logits(expected: torch.Tensor, found: torch.Tensor, prefix: str = "") -> dict:
-    difference = (expected - found).abs()
-    return {
-        f"{prefix}max_logit_difference": difference.max().item(),
-        f"{prefix}mean_logit_difference": difference.mean().item(),
-        f"{prefix}top1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
-    }
+def _write_preprocessor_config(folder: Path, path: Path) -> None:
+    """What transformers 4 wrote beside a model, and servers built on it read: transformers 5 writes it no more."""
+    processor = load_processor(folder)
+    settings = processor.image_processor.to_dict()
+    kind = type(processor.image_processor).__name__
+    settings["image_processor_type"] = kind.removesuffix("Pil").removesuffix("Fast")
+    settings["processor_class"] = type(processor).__name__
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _reload(folder: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> dict:
-    """Load the folder alone, as its users will, and compare again; this includes what the cast lost."""
-    model, _ = load_pretrained(folder)
-    compared = _compare_logits(expected, _logits(model.eval(), inputs), prefix="reloaded_")
-    if not math.isfinite(compared["reloaded_max_logit_difference"]):
-        raise MergeError(f"{folder} answers with numbers that are not finite after the cast; use --dtype float32")
-    return {**compared, "weights": fingerprint_weights(model)}
+def write_certificate(folder: Path, certificate: dict) -> None:
+    """Write the certificate of a model folder; numbers that are not finite, which JSON lacks, become null."""
+    text = json.dumps(_without_nan(certificate), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / CERTIFICATE).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_certificate(folder: Path) -> dict:
+    """Read the certificate of a merged model that may be used.
+
+    Raises:
+        MergeError: when there is none, when it failed, or when the weights are no longer those that it is about.
+    """
+    path = Path(folder) / CERTIFICATE
+    if not path.is_file():
+        raise MergeError(f"{path} is missing: make the folder with `dentalgemma merge`")
+    try:
+        certificate = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MergeError(f"{path} is no JSON: {error}; merge again") from error
+    if certificate.get("passed") is not True:
+        reasons = "; ".join(certificate.get("failures", ())) or "it says of no check that it passed"
+        raise MergeError(f"{path}: the merge failed: {reasons}; merge again")
+    if certificate.get("files") != fingerprint_files(Path(folder)):
+        raise MergeError(f"{path} is about other weights than those that lie beside it; merge again")
+    return certificate

@@ -85,13 +85,15 @@ def run_quickstart(out: Path, *, seed: int = 0, control: bool = False) -> Path:
     run = Rehearsal(out, seed)
     make_data(run)
     make_base(run)
-    train_stage(run, "stage1_vqa", model="base", dataset="vqa", options=STAGE1)
-    train_stage(run, "stage2_instruct", model="stage1_vqa", dataset="instruct", options=STAGE2, merged="dentalgemma")
+    train_stage(run, "stage1_vqa", start="models/base", dataset="vqa", options=STAGE1)
+    train_stage(
+        run, "stage2_instruct", start="runs/stage1_vqa", dataset="instruct", options=STAGE2, merged="dentalgemma"
+    )
     arms = dict(ARMS)
     if control:
         with run.step("Shuffle the images for the control"):
             shuffle_images(out / "data" / "vqa", out / "data" / "vqa_shuffled", seed=seed)
-        train_stage(run, "stage1_vqa", model="base", dataset="vqa_shuffled", options=STAGE1, merged="control")
+        train_stage(run, "stage1_vqa", start="models/base", dataset="vqa_shuffled", options=STAGE1, merged="control")
         arms["control"] = ("control", "true")
     results = evaluate_arms(run, arms)
     with run.step("Write card and page"):
@@ -148,9 +150,9 @@ def make_base(run: Rehearsal) -> None:
 
 
 def train_stage(
-    run: Rehearsal, recipe: str, *, model: str, dataset: str, options: dict[str, object], merged: str | None = None
+    run: Rehearsal, recipe: str, *, start: str, dataset: str, options: dict[str, object], merged: str | None = None
 ) -> None:
-    """Launch a recipe with `accelerate`, as on a GPU, and merge what it trained."""
+    """Launch a recipe with `accelerate`, as on a GPU, and merge what it and the stages before it trained."""
     from dentalgemma.merging import merge_adapter
 
     merged = merged or recipe
@@ -159,7 +161,7 @@ def train_stage(
         launch_recipe(
             recipe,
             {
-                "--model_name_or_path": models / model,
+                "--model_name_or_path": run.folder / start,
                 "--dataset_name": run.folder / "data" / dataset,
                 "--output_dir": adapter,
                 "--seed": run.seed,

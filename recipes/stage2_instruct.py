@@ -1,4 +1,4 @@
-"""Stage 2: teach the merged model of stage 1 to assess clinical cases; text only, on the same vision-language model.
+"""Stage 2: teach the model of stage 1 to assess clinical cases; text only, on the same vision-language model.
 
 accelerate launch recipes/stage2_instruct.py --dataset_name data/instruct
 accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/stage2_instruct.py --learning_rate 2e-5

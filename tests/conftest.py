@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 THIRD_PARTY = REPOSITORY.parent / "shared" / "data"
@@ -68,6 +69,67 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Gemma 4 with its processor."""
+    from dentalgemma.models.tiny import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny_gemma4"
+    make_tiny_model(folder, family="gemma4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_trainer(vqa_dataset):
+    """Make a trainer as the recipes do, on a few rows and steps: `make_trainer(model, out, learning_rate=1e-3)`."""
+    from dentalgemma.models.loading import load_model
+    from dentalgemma.training.config import parse_stage
+    from dentalgemma.training.data import load_splits
+    from dentalgemma.training.trainer import StageTrainer
+
+    settings = {
+        "dataset_name": vqa_dataset,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "gradient_checkpointing": "false",
+        "dataloader_num_workers": 0,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": "false",
+        "early_stopping_patience": "null",
+        "validation_sample": 0,
+        "disable_tqdm": "true",
+    }
+
+    def make(model, out, rows=24, recipe="stage1_vqa", **options):
+        chosen = {"model_name_or_path": model, "output_dir": out, **settings, **options}
+        argv = [str(part) for name, value in chosen.items() for part in (f"--{name}", *_listed(value))]
+        stage, training, model_config = parse_stage(REPOSITORY / "recipes" / f"{recipe}.yaml", argv)
+        dataset = load_splits(stage)
+        for split in dataset:
+            dataset[split] = dataset[split].select(range(min(rows, len(dataset[split]))))
+        loaded, processor = load_model(model_config)
+        trainer = StageTrainer(
+            model=loaded,
+            processor=processor,
+            stage=stage,
+            training=training,
+            model_config=model_config,
+            dataset=dataset,
+        )
+        trainer.facts_of = (stage, model_config, dataset)  # what `write_run_facts` wants beside the trainer
+        return trainer
+
+    return make
+
+
+def _listed(value):
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+@pytest.fixture(scope="session")
 def real_sources(third_party: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One sources file over five real sets in four formats."""
     path = tmp_path_factory.mktemp("real") / "sources.yaml"
@@ -107,3 +169,40 @@ def open_page(tmp_path_factory):
         return subprocess.run([*command, url], capture_output=True, text=True, timeout=90, check=True).stdout
 
     return open_
+
+
+KNOWN_BUGS = yaml.safe_load((REPOSITORY / "tests" / "data" / "known_bugs.yaml").read_text(encoding="utf-8"))
+
+
+OUTCOMES: dict[str, set[str]] = {}
+
+
+def pytest_collection_modifyitems(session, config, items):
+    """Note which tests guard against which known bug; those that this run leaves out count as guards too."""
+    config.guards = {number: {} for number in KNOWN_BUGS}
+    for item in items:
+        for marker in item.iter_markers("known_bug"):
+            for number in marker.args:
+                config.guards[number][_function(item.nodeid)] = None
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        OUTCOMES.setdefault(_function(report.nodeid), set()).add(report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of known bugs, each with the tests that guard against it."""
+    guards = getattr(config, "guards", {})
+    if not any(guards.values()):
+        return
+    terminalreporter.section("known bugs and their tests")
+    for number, title in KNOWN_BUGS.items():
+        terminalreporter.write_line(f"{number:2}  {title}")
+        for function in guards[number]:
+            outcome = "/".join(sorted(OUTCOMES.get(function, {"not run"})))
+            terminalreporter.write_line(f"    {outcome:8} {function}")
+
+
+def _function(nodeid):
+    return nodeid.partition("[")[0]

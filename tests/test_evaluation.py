@@ -19,6 +19,7 @@ from dentalgemma.evaluation.questions import (
     swap_images,
 )
 from dentalgemma.evaluation.scoring import compare_predictions, format_comparison, score_predictions
+from dentalgemma.models.loading import load_pretrained
 from dentalgemma.models.tiny import make_tiny_gemma3
 
 SYSTEM = "You are a dentist."
@@ -430,3 +431,25 @@ def test_a_bad_question_is_named_by_its_line(tmp_path, line, reason):
 
     with pytest.raises(EvaluationError, match=reason):
         load_questions(tmp_path / "q.jsonl")
+
+
+def test_gemma_4_is_scored_as_one_option_at_a_time_would_be(tiny_gemma4, items, tmp_path):
+    gemma4 = load_pretrained(tiny_gemma4, dtype=torch.float32)
+    together = answer(gemma4, items, tmp_path / "together.jsonl", batch_size=4)
+
+    alone = [replace(item, options={letter: text}) for item in items for letter, text in item.options.items()]
+    alone = [replace(item, item_id=f"{item.item_id}{letter}") for item in alone for letter in item.options]
+    singly = answer(gemma4, alone, tmp_path / "singly.jsonl", batch_size=1)
+
+    assert scores(together) == pytest.approx(scores(singly), abs=1e-4)
+    assert len(set(scores(together))) > len(items)
+
+
+def test_gemma_4_writes_the_same_in_batches_and_alone(tiny_gemma4, items, tmp_path):
+    gemma4 = load_pretrained(tiny_gemma4, dtype=torch.float32)
+    outputs = [
+        [line["output"] for line in answer(gemma4, items, tmp_path / f"{size}.jsonl", mode="generate", batch_size=size)]
+        for size in (1, 4)
+    ]
+
+    assert outputs[0] == outputs[1]

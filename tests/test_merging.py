@@ -1,19 +1,27 @@
 """A merged model answers as its adapter did, and needs nothing of this project to load."""
 
 import json
+import runpy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
-from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter
+import dentalgemma.merging as merging
+import dentalgemma.parity as parity
+from data_builders.records import InputError
+from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter, read_certificate
 from dentalgemma.models.loading import LoadError, load_pretrained
-from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS
+from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.publishing.cards import CardError, write_model_card
 
 FACTS = {
@@ -69,6 +77,12 @@ def test_the_certificate_says_what_changed(merged, tiny_model):
     assert certificate["reloaded_max_logit_difference"] < 1e-3
     assert certificate["top1_agreement"] == certificate["reloaded_top1_agreement"] == 1
     assert certificate["stages"][0]["stage"] == "vqa"
+    assert certificate["base_mean_logit_difference"] > 100 * certificate["mean_logit_difference"]
+    assert certificate["parity_inputs"] == "a synthetic picture and prompt"
+    assert certificate["passed"] and not certificate["failures"]
+    assert certificate["rounding"]["relative_error"] < 1e-5
+    assert set(certificate["rounding"]) == {"relative_error", "cosine", "unchanged_share", "survived_share"}
+    assert len(certificate["adapted"]) == certificate["adapted_tensors"] == 28
 
 
 def test_tower_and_projector_are_the_bases(merged, tiny_model):
@@ -83,6 +97,8 @@ def test_tower_and_projector_are_the_bases(merged, tiny_model):
     assert not any("vision_tower" in key or "projector" in key for key in changed)
 
 
+@pytest.mark.known_bug(16)
+@pytest.mark.known_bug(17)
 def test_the_folder_loads_and_generates_where_this_project_is_not_importable(merged):
     folder, _ = merged
     code = f"""
@@ -108,9 +124,13 @@ print("TOKENS", model.generate(**inputs, max_new_tokens=5, do_sample=False).shap
     assert int(done.stdout.split("TOKENS")[1]) >= 1
 
 
-def test_processor_template_and_generation_config_travel_along(merged):
+@pytest.mark.known_bug(16)
+def test_processor_template_and_generation_config_travel_along(merged, tiny_model):
     folder, _ = merged
     ours = AutoProcessor.from_pretrained(folder)
+
+    for name in ("chat_template.jinja", "generation_config.json", "processor_config.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
 
     assert {"chat_template.jinja", "generation_config.json", "processor_config.json", CERTIFICATE} <= {
         path.name for path in folder.iterdir()
@@ -128,6 +148,7 @@ def test_a_bf16_merge_says_what_the_cast_cost(tiny_model, tmp_path):
     assert load_pretrained(tmp_path / "model")[0].dtype == torch.bfloat16
 
 
+@pytest.mark.known_bug(15)
 def test_an_adapter_that_changes_nothing_is_refused(tiny_model, tmp_path):
     write_adapter(tiny_model, tmp_path / "run", std=0)
 
@@ -136,15 +157,15 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny_model, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.known_bug(15)
 def test_an_adapter_with_nan_is_refused(tiny_model, tmp_path):
-    """A difference that is not a number is larger than no tolerance, unless one asks the right way round."""
     write_adapter(tiny_model, tmp_path / "run")
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_B" in name)
     weights[name][0, 0] = float("nan")
     save_file(weights, tmp_path / "run" / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(MergeError, match="differ from the adapter's by nan"):
+    with pytest.raises(InputError, match="numbers that are not finite"):
         merge_adapter(tmp_path / "run", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -276,3 +297,202 @@ def test_a_comparison_that_is_not_about_this_model_is_refused(merged, tmp_path, 
 def test_a_folder_without_certificate_gets_no_card(tiny_model):
     with pytest.raises(CardError, match="dentalgemma merge"):
         write_model_card(tiny_model)
+
+
+def rewrite(out, change):
+    """Change the weights of a folder after they were written."""
+    tensors = {key: value.clone() for key, value in load_file(out / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap_layers(tensors):
+    names = [f"language_model.model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 2)]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+
+
+def garble(tensors):
+    for name in tensors:
+        if "down_proj" in name and "language_model" in name:
+            tensors[name] = -tensors[name]
+
+
+@pytest.fixture
+def spoiled(tiny_model, tmp_path, monkeypatch):
+    """Merge with a `fold` that spoils what it wrote; what the second reading finds can be hidden from the merge."""
+    write_adapter(tiny_model, tmp_path / "run")
+
+    def merge(change, *, hidden):
+        fold, inspect = merging.fold, merging.inspect_fold
+
+        def spoil(files, updates, out, dtype):
+            fold(files, {} if change == "lost" else updates, out, dtype)
+            if callable(change):
+                rewrite(out, change)
+
+        def unseeing(*arguments):
+            return inspect(*arguments)[0], []
+
+        monkeypatch.setattr(merging, "fold", spoil)
+        if hidden:
+            monkeypatch.setattr(merging, "inspect_fold", unseeing)
+        return merge_adapter(tmp_path / "run", tmp_path / "model", dtype="float32")
+
+    return merge
+
+
+def test_a_fold_that_is_not_spoiled_passes_through_the_same_test(spoiled):
+    assert spoiled(None, hidden=False)["passed"]
+
+
+@pytest.mark.known_bug(15)
+@pytest.mark.parametrize(
+    ("change", "hidden", "message"),
+    [
+        pytest.param("lost", False, "is not, rounded, what was to be written", id="lost, by tensors"),
+        pytest.param("lost", True, "the adapter is lost", id="lost, by logits"),
+        pytest.param(swap_layers, False, "is not, rounded, what was to be written", id="layers swapped, by tensors"),
+        pytest.param(garble, True, "the adapter is lost", id="garbled, by logits"),
+        pytest.param(
+            lambda tensors: tensors["vision_tower.post_layernorm.bias"].add_(1e-3),
+            False,
+            "1 tensors changed that no adapter changes, for example vision_tower.post_layernorm.bias",
+            id="frozen",
+        ),
+        pytest.param(
+            lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("nan")), True, "lost", id="nan"
+        ),
+    ],
+)
+def test_a_spoiled_merge_fails_its_certificate_and_gets_no_card(spoiled, tmp_path, change, hidden, message):
+    with pytest.raises(MergeError, match=message):
+        spoiled(change, hidden=hidden)
+    certificate = json.loads((tmp_path / "model" / CERTIFICATE).read_text())
+
+    assert certificate["passed"] is False
+    assert message in "; ".join(certificate["failures"])
+    with pytest.raises(MergeError, match="the merge failed"):
+        read_certificate(tmp_path / "model")
+    with pytest.raises(CardError, match="the merge failed"):
+        write_model_card(tmp_path / "model")
+    assert not (tmp_path / "model" / "README.md").exists()
+
+
+@pytest.mark.known_bug(15)
+def test_weights_that_came_after_the_certificate_get_no_card(merged, tmp_path):
+    folder, _ = merged
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_model_card(tmp_path)
+    rewrite(tmp_path, garble)
+
+    with pytest.raises(CardError, match="is about other weights"):
+        write_model_card(tmp_path)
+
+
+def test_the_command_ends_with_1_and_leaves_the_failed_certificate(spoiled, tmp_path, monkeypatch):
+    from dentalgemma.cli import app
+
+    with pytest.raises(MergeError) as raised:
+        spoiled("lost", hidden=False)
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "again")])
+
+    assert raised.value.exit_code == 1
+    assert isinstance(done.exception, MergeError)
+    assert (tmp_path / "again" / CERTIFICATE).is_file()
+
+
+def test_adapter_and_merged_model_are_never_in_memory_together(tiny_model, tmp_path, monkeypatch):
+    write_adapter(tiny_model, tmp_path / "run")
+    load, loaded, alive = parity.load_pretrained, [], []
+
+    def watched(*arguments, **options):
+        alive.append(sum(model() is not None for model in loaded))
+        model, processor = load(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model, processor
+
+    monkeypatch.setattr(parity, "load_pretrained", watched)
+    merge_adapter(tmp_path / "run", tmp_path / "model")
+
+    assert alive == [0, 0]
+
+
+def test_adapter_and_merged_model_answer_rows_of_the_dataset_alike(tiny_model, vqa_dataset, tmp_path):
+    write_adapter(tiny_model, tmp_path / "run")
+    certificate = merge_adapter(tmp_path / "run", tmp_path / "model", dtype="float32", rows=str(vqa_dataset))
+
+    assert certificate["parity_inputs"] == "4 rows of vqa, validation"
+    assert certificate["max_logit_difference"] < 1e-3 < certificate["base_max_logit_difference"]
+    assert certificate["top1_agreement"] == 1
+
+
+def test_rows_without_pictures_are_joined_by_one(tiny_model, instruct_dataset):
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    batches, described = parity.make_batches(processor, str(instruct_dataset))
+
+    assert [("pixel_values" in batch) for batch in batches] == [False] * 4 + [True]
+    assert described == "4 rows of instruct, validation, and a synthetic picture and prompt"
+
+
+@pytest.mark.known_bug(13)
+def test_an_update_that_rounding_takes_is_warned_of_or_refused(tiny_model, tmp_path):
+    """Weights of 0.15 have bf16 neighbours 0.0005 to 0.001 apart."""
+    half = tmp_path / "half"
+    model, processor = load_pretrained(tiny_model, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    processor.save_pretrained(half)
+    write_adapter(half, tmp_path / "run", std=2.5e-3)
+    write_adapter(half, tmp_path / "tiny_steps", std=2.5e-4)
+    with pytest.raises(MergeError, match="--dtype float32"):
+        merge_adapter(tmp_path / "tiny_steps", tmp_path / "lost")
+    certificate = merge_adapter(tmp_path / "run", tmp_path / "model")
+    exact = merge_adapter(tmp_path / "run", tmp_path / "exact", dtype="float32")
+
+    assert 0.7 < certificate["rounding"]["cosine"] < 0.9
+    assert "--dtype float32" in certificate["warnings"][0]
+    assert exact["warnings"] == []
+    assert exact["rounding"]["cosine"] > 0.9999
+
+
+@pytest.mark.known_bug(16)
+def test_older_consumers_find_the_image_processor_that_they_know(merged, tiny_model, tmp_path):
+    folder, _ = merged
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    picture = Image.linear_gradient("L").convert("RGB")
+    pixels = [
+        AutoProcessor.from_pretrained(place).image_processor(picture, return_tensors="pt")["pixel_values"]
+        for place in (folder, tiny_model)
+    ]
+    assert not (tiny_model / "preprocessor_config.json").exists()  # transformers 5 writes none
+    assert settings["image_processor_type"] == "Gemma3ImageProcessor"
+    assert settings["processor_class"] == "Gemma3Processor"
+    assert settings["size"] == {"height": 112, "width": 112}
+    assert torch.equal(torch.as_tensor(pixels[0]), torch.as_tensor(pixels[1]))
+
+
+def train(recipe, model, dataset, out, monkeypatch, *options):
+    """A recipe for four steps, in this process: the first moves one factor of an adapter, the next ones both."""
+    settings = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", out, "--max_steps", 4]
+    settings += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, "--learning_rate", 3e-3]
+    settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    settings += ["--early_stopping_patience", 0, "--validation_sample", 0]
+    settings += ["--dataloader_num_workers", 0, "--lora_r", 4, "--warmup_steps", 0, *options]
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, settings)])
+    runpy.run_path(str(REPOSITORY / "recipes" / f"{recipe}.py"), run_name="__main__")
+
+
+def test_three_trained_stages_are_folded_once(tiny_model, vqa_dataset, instruct_dataset, tmp_path, monkeypatch):
+    train("stage1_vqa", tiny_model, vqa_dataset, tmp_path / "a", monkeypatch, "--trains", "aligner", "--stage", "dca")
+    train("stage1_vqa", tmp_path / "a", vqa_dataset, tmp_path / "b", monkeypatch)
+    train("stage2_instruct", tmp_path / "b", instruct_dataset, tmp_path / "c", monkeypatch)
+    certificate = merge_adapter(tmp_path / "c", tmp_path / "model", dtype="float32", rows=str(vqa_dataset))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "model"))
+
+    assert [stage["stage"] for stage in certificate["stages"]] == ["dca", "vqa", "instruct"]
+    assert {part_of(name) for name in before if not torch.equal(before[name], after[name])} == {
+        "aligner",
+        "language_model",
+    }
+    assert certificate["base_weights"] == certificate["stages"][2]["base_weights"]
+    assert "3 stages" in write_model_card(tmp_path / "model").read_text()

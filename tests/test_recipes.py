@@ -25,6 +25,7 @@ SHORT = {
     "--logging_steps": 1,
     "--learning_rate": 1e-3,
     "--dataloader_num_workers": 0,
+    "--validation_sample": 8,
 }
 
 
@@ -92,7 +93,7 @@ def test_another_config_is_taken_in_both_spellings(tmp_path, form):
     [
         pytest.param(["--max_length", "1024"], "max_length: 1024 would cut", id="truncation"),
         pytest.param(["--lerning_rate", "1"], "lerning_rate", id="unknown option"),
-        pytest.param(["--resume_from_checkpoint", "true"], "true is no checkpoint folder", id="no checkpoint"),
+        pytest.param(["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder", id="no checkpoint"),
     ],
 )
 def test_what_would_waste_the_run_is_refused(argv, message):
@@ -104,7 +105,7 @@ def test_what_would_waste_the_run_is_refused(argv, message):
     ("options", "message"),
     [
         pytest.param({"--dataset_name": "nowhere"}, "nowhere is neither a folder here nor a dataset", id="no dataset"),
-        pytest.param({"--trains": "vision_tower"}, "only [language_model] can be trained", id="another part"),
+        pytest.param({"--trains": "eyes"}, "choose one or more of aligner, language_model, vision_tower", id="no part"),
     ],
 )
 def test_a_recipe_says_what_is_wrong_in_one_sentence(tiny_model, vqa_dataset, tmp_path, options, message):

@@ -114,16 +114,31 @@ def _generate(
     *,
     max_new_tokens: int,
 ) -> list[dict]:
+    return write_answers(model, processor, conversations, max_new_tokens=max_new_tokens)
+
+
+def write_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[list[dict]],
+    *,
+    max_new_tokens: int,
+    synced_gpus: bool | None = None,
+) -> list[dict]:
+    """Let the model answer a batch of conversations greedily: `output`, and `finish_reason` `stop` or `length`.
+
+    `synced_gpus` keeps processes in step that hold one model between them; `None` lets transformers find out.
+    """
     inputs = encode(processor, conversations).to(model.device, model.dtype)
     config = copy.deepcopy(model.generation_config)
     eos = config.eos_token_id or []
     turn_end = complete(processor, conversations[0], "")[-1]
     ends = {turn_end, *(eos if isinstance(eos, list) else [eos])}
     config.update(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=max_new_tokens)
-    config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id)
-    written = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
+    config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id, use_cache=True)
+    written = model.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
     answers = []
-    for tokens in written:
+    for tokens in written[:, inputs["input_ids"].shape[1] :].tolist():
         end = next((number for number, token in enumerate(tokens) if token in ends), None)
         output = processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         answers.append({"output": output, "finish_reason": "length" if end is None else "stop"})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dentalgemma.evaluation.questions import EvaluationError, Question
+from dentalgemma.training.data import find_turns
 
 
 def encode(processor: ProcessorMixin, conversations: Sequence[list[dict]]) -> BatchFeature:
@@ -27,9 +29,16 @@ def complete(processor: ProcessorMixin, conversation: list[dict], answer: str) -
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     start = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     whole = processor.apply_chat_template([*conversation, turn], tokenize=False)
-    if not whole.startswith(start):
+    # Some templates put an empty thought into the prompt, and none before an answer that is given.
+    stem = start.removesuffix(_prefill(processor))
+    if not whole.startswith(stem):
         raise EvaluationError("the chat template renders a prompt differently when an answer follows it")
-    return processor.tokenizer(whole[len(start) :].rstrip(), add_special_tokens=False)["input_ids"]
+    return processor.tokenizer(whole[len(stem) :].rstrip(), add_special_tokens=False)["input_ids"]
+
+
+@lru_cache(maxsize=4)
+def _prefill(processor: ProcessorMixin) -> str:
+    return find_turns(processor).prefill
 
 
 def score_options(

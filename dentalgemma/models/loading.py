@@ -1,38 +1,129 @@
-"""Load a vision-language model and its processor, from the Hub or a folder, for recipes and evaluation."""
+"""Load a vision-language model and its processor, from the Hub or a folder, for recipes and evaluation.
+
+What a stage starts from may be a base (Hub id or folder), a merged model folder, or the adapter of an earlier stage. A
+run that started from an adapter keeps copies of all earlier ones, so that it and the base are all that a merge needs:
+
+    <run>/adapter_model.safetensors      what the run itself trained
+    <run>/chain/1_vqa/                   the stage before it: adapter_config.json, its weights, run_facts.json
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file
 from trl import ModelConfig
 
 from data_builders.records import InputError
+from dentalgemma.adapters import Adapter, read_adapter
+from dentalgemma.models.processors import load_processor
+from dentalgemma.weight_files import open_model
 
+ADAPTER_CONFIG = "adapter_config.json"
+CHAIN = "chain"
+CHAIN_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "run_facts.json")
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "chain/**")
 GATED = "accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
+SAMPLED = 64  # values of each tensor that go into a fingerprint
 
 
 class LoadError(InputError):
     """A model that cannot be loaded; the message says what to do."""
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load what `model_name_or_path` names, in `dtype`, for training.
+class Start(NamedTuple):
+    """What a stage starts from: a base (Hub id or folder), and the adapters to fold into it, the earliest first."""
+
+    base: str
+    revision: str | None
+    adapters: tuple[Path, ...]
+
+
+def find_start(name: str | Path, revision: str | None = None) -> Start:
+    """Say what a model name stands for: a model, or an adapter with those before it and the base of them all.
 
     Raises:
-        LoadError: when it is missing, gated, lacks weights, or carries an adapter instead of a model.
+        LoadError: when an adapter does not say what it adapts.
     """
+    name = str(name)
+    folder = _adapter_folder(name, revision)
+    if folder is None:
+        return Start(name, revision, ())
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.base_model_name_or_path is None:
+        raise LoadError(f"{name} is an adapter that does not say which base it adapts (base_model_name_or_path)")
+    return Start(str(config.base_model_name_or_path), config.revision, (*earlier_adapters(folder), folder))
+
+
+def earlier_adapters(run: Path) -> tuple[Path, ...]:
+    """The adapters that a run was started on, the earliest first; a checkpoint's are those of the run around it."""
+    for folder in (run, run.parent):
+        if (folder / CHAIN).is_dir():
+            return tuple(sorted((folder / CHAIN).iterdir(), key=lambda path: int(path.name.partition("_")[0])))
+    return ()
+
+
+def keep_chain(start: Start, run: Path) -> None:
+    """Copy the adapters that a run starts from into its folder.
+
+    Raises:
+        LoadError: when the run would be written over one of them.
+    """
+    if any(adapter.resolve() in (run.resolve(), *run.resolve().parents) for adapter in start.adapters):
+        raise LoadError(f"output_dir: {run} is the adapter that the run starts from; choose another folder")
+    shutil.rmtree(run / CHAIN, ignore_errors=True)
+    for number, adapter in enumerate(start.adapters, start=1):
+        folder = run / CHAIN / f"{number}_{stage_name(adapter)}"
+        folder.mkdir(parents=True)
+        for name in CHAIN_FILES:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
+
+
+def stage_name(adapter: Path) -> str:
+    """What the run behind an adapter called its stage, `stage` where that was not recorded."""
+    facts = adapter / "run_facts.json"
+    name = json.loads(facts.read_text(encoding="utf-8")).get("stage") if facts.is_file() else None
+    return re.sub(r"\W+", "_", name or "") or "stage"
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load what `model_name_or_path` names, in `dtype` or quantised, for training; earlier adapters are folded in.
+
+    Raises:
+        LoadError: when it is missing, gated, lacks weights, or is an adapter of something else.
+    """
+    from dentalgemma.training.precision import quantization_config
+
     if config.model_name_or_path is None:
         raise LoadError("no model given: set --model_name_or_path to a Hub id or a folder")
-    dtype = config.dtype if config.dtype in {"auto", None} else getattr(torch, config.dtype)
-    return load_pretrained(
-        config.model_name_or_path,
-        dtype=dtype,
-        revision=config.model_revision,
+    start = find_start(config.model_name_or_path, config.model_revision)
+    quantization = quantization_config(config)
+    if quantization is not None and start.adapters:
+        raise LoadError(
+            f"{config.model_name_or_path} is an adapter, which cannot be folded into a quantised base: "
+            "`dentalgemma merge` it and start from the merged model"
+        )
+    model, processor = load_pretrained(
+        start.base,
+        dtype=config.dtype if config.dtype in {"auto", None} else getattr(torch, config.dtype),
+        revision=start.revision,
         attn_implementation=config.attn_implementation,
+        quantization_config=quantization,
     )
+    _check_generation(start.base, model, processor)
+    fold_adapters(model, start.adapters)
+    return model, processor
 
 
 def load_pretrained(
@@ -41,14 +132,15 @@ def load_pretrained(
     dtype: torch.dtype | str | None = "auto",
     revision: str | None = None,
     attn_implementation: str | None = None,
+    quantization_config: object = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a model folder or Hub id as plain transformers users do; see `load_model` for the errors."""
     name = str(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        hint = (
-            "an adapter: run `dentalgemma merge` on it first" if (Path(name) / "adapter_config.json").is_file() else ""
-        )
-        raise LoadError(f"{name} holds no model (no config.json){'; it is ' + hint if hint else ''}")
+        is_adapter = (Path(name) / ADAPTER_CONFIG).is_file()
+        hint = "; it is an adapter: run `dentalgemma merge` on it first" if is_adapter else ""
+        raise LoadError(f"{name} holds no model (no config.json){hint}")
+    quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -57,10 +149,11 @@ def load_pretrained(
             attn_implementation=attn_implementation,
             output_loading_info=True,
             use_safetensors=True,
+            **quantised,
         )
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = load_processor(name, revision=revision)
     except OSError as error:
-        raise LoadError(_explain(name, error)) from error
+        raise LoadError(explain(name, error)) from error
     # A key that is not in the files would stay at its random start, and training would go on regardless.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -68,17 +161,121 @@ def load_pretrained(
     return model, processor
 
 
+def fold_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> None:
+    """Add adapters to the weights of a model in memory: in fp32, each weight rounded once, whatever their number.
+
+    Raises:
+        LoadError: when an adapter adapts weights that the model does not have, or of another shape.
+    """
+    adapters = [read_adapter(folder) for folder in folders]
+    weights = dict(model.named_parameters())
+    for adapter in adapters:
+        _check_fit(adapter, weights)
+    for name in sorted({name for adapter in adapters for name in (*adapter.factors, *adapter.replaced)}):
+        weight = weights[name].data
+        summed = weight.float()
+        for adapter in adapters:
+            if name in adapter.replaced:
+                summed = adapter.file.read(adapter.replaced[name]).float().to(weight.device)
+            elif name in adapter.factors:
+                summed = summed + adapter.delta(name).to(weight.device)
+        weight.copy_(summed)
+
+
+def _check_fit(adapter: Adapter, weights: dict[str, torch.nn.Parameter]) -> None:
+    for name in (*adapter.factors, *adapter.replaced):
+        if name not in weights:
+            raise LoadError(f"{adapter.folder} is an adapter of another base: it adapts {name}, which this one lacks")
+        if name in adapter.factors:
+            a, b = (adapter.file.tensors[key].shape for key in adapter.factors[name])
+            shape = (b[0], a[1])
+        else:
+            shape = adapter.file.tensors[adapter.replaced[name]].shape
+        if tuple(shape) != tuple(weights[name].shape):
+            raise LoadError(
+                f"{adapter.folder} is an adapter of another base: {name} is {list(shape)} there and "
+                f"{list(weights[name].shape)} here"
+            )
+
+
+def weights_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder with the files of a model: itself, or where the Hub's are cached (downloaded when they are not).
+
+    Raises:
+        LoadError: when it is neither a folder nor a model that the Hub would give.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(WEIGHT_FILES)))
+    except OSError as error:
+        raise LoadError(explain(str(name), error)) from error
+
+
+def fingerprint_files(folder: Path) -> str:
+    """A hash over a sample of every weight tensor in a model's files: key, shape and values, whatever the sharding."""
+    lines = []
+    for file in open_model(folder):
+        for stored in file.tensors.values():
+            digest = hashlib.sha256()
+            for first in sorted({0, stored.rows // 2, max(stored.rows - 1, 0)}):
+                row = file.read_rows(stored, first, min(first + 1, stored.rows)).reshape(-1)
+                digest.update(row[:: max(1, row.numel() // SAMPLED)].double().numpy().tobytes())
+            lines.append(f"{stored.key} {list(stored.shape)} {digest.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
 def fingerprint_weights(model: torch.nn.Module) -> str:
     """A hash over a sample of every weight tensor: tells models apart that were written to the same folder."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         values = weight.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        sample = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}\n".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _explain(name: str, error: OSError) -> str:
+def _adapter_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of an adapter, downloaded from the Hub if need be, or None for anything else."""
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / ADAPTER_CONFIG).is_file() else None
+    try:
+        found = cached_file(
+            name,
+            ADAPTER_CONFIG,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None  # loading it as a model will say why
+    return weights_folder(name, revision) if found else None
+
+
+def _check_generation(name: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """A model that does not stop at the turn end, or pads with it, would learn and answer without an end."""
+    tokenizer = processor.tokenizer
+    end = turn_end(processor)
+    stops = model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else stops or []
+    if end is not None and end not in stops:
+        raise LoadError(
+            f"{name}: generation does not stop at {tokenizer.convert_ids_to_tokens(end)!r}: add {end} to "
+            "eos_token_id in its generation_config.json"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise LoadError(f"{name}: its tokenizer pads with the end of text; give it a pad token of its own")
+
+
+def turn_end(processor: ProcessorMixin) -> int | None:
+    """The id of the token that ends a turn in Gemma's chat templates, None in another family's."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return next((vocabulary[token] for token in ("<end_of_turn>", "<turn|>") if token in vocabulary), None)
+
+
+def explain(name: str, error: OSError) -> str:
+    """Say in one sentence why a model could not be loaded, and what to do."""
     text = str(error)
     if "gated" in text or "401" in text or "403" in text:
         return f"{name} is gated: {GATED.format(name=name)}"

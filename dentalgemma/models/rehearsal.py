@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from data_builders.phantom import CONDITIONS, Phantom, make_phantoms
+from dentalgemma.models.processors import load_processor
 
 BATCH = 64
 MARK_WEIGHT = 5.0  # most cells hold no mark
@@ -32,7 +33,7 @@ def teach_tower(
     it is. The head that is asked is thrown away.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     tokens = model.config.mm_tokens_per_image
     side = int(tokens**0.5)
     drawn = list(make_phantoms(phantoms, seed=seed))

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_builders.chat import SYSTEM_PROMPT
 from data_builders.records import InputError
-from dentalgemma.merging import CERTIFICATE, UNRECORDED
+from dentalgemma.merging import CERTIFICATE, MergeError, read_certificate
+from dentalgemma.training.run_facts import UNRECORDED
 
 HAI_DEF = {
     "license": "other",
@@ -34,7 +35,7 @@ def write_model_card(model: Path, comparison: Path | None = None, *, base: str |
         CardError: when a fact is missing, or `comparison` is not about this model.
     """
     model = Path(model)
-    certificate = _read_certificate(model / CERTIFICATE)
+    certificate = _read_certificate(model)
     stages = certificate["stages"]
     first = stages[0]
     rehearsal = first["base_is_rehearsal"]
@@ -68,13 +69,19 @@ def write_model_card(model: Path, comparison: Path | None = None, *, base: str |
     return model / "README.md"
 
 
-def _read_certificate(path: Path) -> dict:
-    if not path.is_file():
-        raise CardError(f"{path} is missing: make the folder with `dentalgemma merge`")
-    certificate = json.loads(path.read_text(encoding="utf-8"))
+def _read_certificate(model: Path) -> dict:
+    """The certificate of a merge that passed, whose stages are all recorded and have passed too."""
+    try:
+        certificate = read_certificate(model)
+    except MergeError as error:
+        raise CardError(str(error)) from error
     for stage in certificate["stages"]:
         if stage["stage"] == UNRECORDED:
-            raise CardError(f"{path}: nothing is recorded of {stage['merged_from']}: its run has no run_facts.json")
+            raise CardError(
+                f"{model / CERTIFICATE}: nothing is recorded of {stage['merged_from']}: its run has no run_facts.json"
+            )
+        if (stage.get("proof") or {}).get("passed") is False:
+            raise CardError(f"{model / CERTIFICATE}: {stage['merged_from']} did not train what it was to train")
     return certificate
 
 

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from data_builders.records import InputError
+from dentalgemma.training.checkpoints import NEWEST, SCRATCH, is_disk_full
+from dentalgemma.training.precision import check_precision, gpu_capability
 
 CPU_DEFAULTS = ("--use_cpu", "true", "--bf16", "false", "--dtype", "float32")
 
@@ -22,8 +25,24 @@ class StageConfig(ScriptArguments):
 
     stage: str = field(default="", metadata={"help": "Short name shown in run facts and the model card."})
     trains: list[str] = field(default_factory=lambda: ["language_model"], metadata={"help": "Parts that learn."})
+    max_row_tokens: int | None = field(
+        default=None, metadata={"help": "Longer rows are left out, counted and listed; none is ever cut."}
+    )
+    mix_datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Folders or Hub ids whose training rows are mixed in."}
+    )
+    mix_weights: list[float] = field(
+        default_factory=list, metadata={"help": "The share of each of `mix_datasets` in the training rows."}
+    )
+    mix_seed: int | None = field(default=None, metadata={"help": "Seed of the choice; `seed` where not given."})
+    allow_changes_on_resume: bool = field(
+        default=False, metadata={"help": "Go on although data, settings or the number of processes are others."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better one."}
+    )
+    validation_sample: int = field(
+        default=0, metadata={"help": "Validation rows that the model answers at each evaluation; 0 asks none."}
     )
 
 
@@ -33,19 +52,33 @@ def parse_stage(default_config: Path, argv: list[str] | None = None) -> tuple[St
     Raises:
         InputError: on an unknown option or a value that would waste the run.
     """
+    stage, training, model_config = read_stage(default_config, argv)
+    check_stage(stage, training)
+    check_precision(training, model_config, gpu_capability(training))
+    return stage, training, model_config
+
+
+def read_stage(
+    default_config: Path, argv: list[str] | None = None, *, elsewhere: bool = False
+) -> tuple[StageConfig, SFTConfig, ModelConfig]:
+    """What `parse_stage` reads, unchecked; `elsewhere`: for a machine whose GPU has bf16, whatever this one has.
+
+    Raises:
+        InputError: on an unknown option.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(a == "--config" or a.startswith("--config=") for a in argv):
         argv = ["--config", str(default_config), *argv]
     # TrlParser looks for the bare token "--config"; it does not read "--config=path".
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    if not torch.accelerator.is_available():
+    if elsewhere:
+        argv = ["--use_cpu", "true", *argv]  # else transformers refuses bf16 where this machine has none
+    elif not torch.accelerator.is_available():
         argv = [*CPU_DEFAULTS, *argv]
     try:
-        stage, training, model_config = TrlParser((StageConfig, SFTConfig, ModelConfig)).parse_args_and_config(argv)
+        return TrlParser((StageConfig, SFTConfig, ModelConfig)).parse_args_and_config(argv)
     except ValueError as error:
         raise InputError(str(error)) from error
-    _check(stage, training)
-    return stage, training, model_config
 
 
 @contextmanager
@@ -54,17 +87,54 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        # Where all processes stop for the same reason, the first one says so.
+        if not getattr(error, "said_elsewhere", False):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: no space left: {error}; the checkpoints are as they were", file=sys.stderr)
+        sys.exit(1)
 
 
-def _check(stage: StageConfig, training: SFTConfig) -> None:
+def check_stage(stage: StageConfig, training: SFTConfig) -> None:
     if stage.dataset_name is None:
         raise InputError("no dataset given: set --dataset_name to a folder or a Hub id")
-    if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
-        raise InputError(f"resume_from_checkpoint: {training.resume_from_checkpoint} is no checkpoint folder")
+    _check_checkpoints(training)
     if training.max_length is not None:
         raise InputError(f"max_length: {training.max_length} would cut image tokens or answers; set `max_length: null`")
+    if stage.max_row_tokens is not None and stage.max_row_tokens < 1:
+        raise InputError(f"max_row_tokens: {stage.max_row_tokens} would leave out every row")
+    _check_mixture(stage)
+    stage.mix_seed = training.seed if stage.mix_seed is None else stage.mix_seed
+    reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if training.gradient_checkpointing and reentrant and set(stage.trains) & {"vision_tower", "aligner"}:
+        # Pictures carry no gradient into the tower, so a reentrant checkpoint would give its adapters none either.
+        raise InputError("gradient_checkpointing_kwargs: a vision tower or aligner learns only with use_reentrant: false")
+    for tracker in {"tensorboard", "trackio", "wandb"}.intersection(training.report_to):
+        if find_spec(tracker) is None:
+            raise InputError(f"report_to: {tracker} is not installed: `pip install {tracker}`, or `report_to: none`")
     # Our collator takes whole rows and does all the preparation itself.
     training.remove_unused_columns = False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+def _check_checkpoints(training: SFTConfig) -> None:
+    wanted = training.resume_from_checkpoint
+    if wanted is not None and str(wanted).lower() not in NEWEST | SCRATCH and not Path(wanted).is_dir():
+        raise InputError(f"resume_from_checkpoint: {wanted} is no checkpoint folder; `auto` takes the newest")
+    if training.enable_jit_checkpoint:
+        raise InputError("enable_jit_checkpoint: after SIGTERM it would go on as if trained to the end; leave it out")
+    if training.save_only_model:
+        raise InputError("save_only_model: a checkpoint without optimizer state cannot be resumed; leave it out")
+    if training.push_to_hub or training.hub_token:
+        raise InputError("push_to_hub and hub_token: a recipe uploads nothing; `dentalgemma push` publishes")
+
+
+def _check_mixture(stage: StageConfig) -> None:
+    names, weights = stage.mix_datasets, stage.mix_weights
+    if len(names) != len(weights):
+        raise InputError(f"mix_datasets names {len(names)} datasets, mix_weights gives {len(weights)}: one for each")
+    if any(weight <= 0 for weight in weights) or sum(weights) >= 1:
+        raise InputError(f"mix_weights: {weights} must be above 0 and sum to less than 1, the rest is `dataset_name`")

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from datasets import DatasetDict, Image, List, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
 from PIL import Image as PillowImage
 from transformers import ProcessorMixin
 
-from data_builders.images import to_rgb
+from data_builders.images import UNREADABLE, to_rgb
 from data_builders.records import InputError
 from dentalgemma.training.config import StageConfig
+from dentalgemma.training.mixture import mix_in
 
 IGNORED = -100  # the label that cross entropy leaves out
+RENDERS_DIFFERENTLY = "the chat template renders a prompt differently when an answer follows it"
+TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
 class DatasetError(InputError):
     """A dataset that a recipe cannot train on; the message says what is missing."""
 
+    def __init__(self, message: str) -> None:
+        # torch raises anew what happened in a worker, with that worker's traceback for a message.
+        super().__init__(message.rstrip().rpartition("DatasetError: ")[2] if "Traceback" in message else message)
+
 
 def load_splits(stage: StageConfig) -> DatasetDict:
     """Load the dataset folder or Hub dataset of a stage; images stay undecoded bytes until their batch is made.
+
+    Where the stage mixes other data in, the training split holds both, and `mixture` of what is returned says how much
+    of each.
 
     Raises:
         DatasetError: when a split or a column is missing.
     """
     name = stage.dataset_name
     assert name is not None
-    if Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
-        dataset = load_from_disk(name)
-    else:
-        try:
-            dataset = load_dataset(name, name=stage.dataset_config)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise DatasetError(
-                f"{name} is neither a folder here nor a dataset that the Hub would give: {error}"
-            ) from error
+    dataset = _load(name, stage.dataset_config)
     for split in (stage.dataset_train_split, stage.dataset_test_split):
         if split not in dataset:
             raise DatasetError(f"{name} has no split {split!r}, only {', '.join(dataset)}")
@@ -47,58 +53,125 @@ def load_splits(stage: StageConfig) -> DatasetDict:
             raise DatasetError(
                 f"{name} lacks the columns {', '.join(sorted(missing))}: build it with `dentalgemma build`"
             )
-        if "images" in dataset[split].column_names:
-            dataset[split] = dataset[split].cast_column("images", List(Image(decode=False)))
-    return dataset
+        if dataset[split].features["prompt"] == Value("string"):
+            raise DatasetError(f"{name}: `prompt` holds texts where lists of messages are needed")
+        dataset[split] = _keep_undecoded(dataset[split], name)
+    if not stage.mix_datasets:
+        return dataset
+    return mix_in(dataset, [_load_training_rows(other) for other in stage.mix_datasets], stage)
+
+
+def _load_training_rows(name: str) -> Dataset:
+    splits = _load(name)
+    if "train" not in splits:
+        raise DatasetError(f"{name} has no split 'train' to mix in, only {', '.join(splits)}")
+    return _keep_undecoded(splits["train"], name)
+
+
+def _load(name: str, config: str | None = None) -> DatasetDict:
+    if Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
+        return load_from_disk(name)
+    try:
+        return load_dataset(name, name=config)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: which of its configurations?
+        raise DatasetError(f"{name} is neither a folder here nor a dataset that the Hub would give: {error}") from error
+
+
+def _keep_undecoded(dataset: Dataset, name: str) -> Dataset:
+    if "images" not in dataset.column_names:
+        return dataset
+    features = dataset.features.copy()
+    features["images"] = List(Image(decode=False))
+    if features.arrow_schema.field("images").type != dataset.features.arrow_schema.field("images").type:
+        try:
+            return dataset.cast(features)  # paths, or no image at all
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f"{name}: `images` must be a list of images in every row: {error}") from error
+    # A cast would write every picture to a second file (datasets 5.2), though the bytes stay as they are.
+    info = dataset.info.copy()
+    info.features = features
+    fingerprint = Hasher.hash([dataset._fingerprint, "undecoded"])
+    return Dataset(
+        dataset.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
+    )
+
+
+class Turns(NamedTuple):
+    """How a chat template marks turns: the ids that open the model's turn, and the id that ends a turn.
+
+    `prefill` is what it opens the model's turn with for generation alone: templates of large Gemma 4 put an empty
+    thought there.
+    """
+
+    opening: list[int]
+    end: int | None
+    prefill: str = ""
 
 
 class ChatCollator:
     """Rows with `prompt`, `completion` and, where there are any, `images`, to a padded batch of tensors.
 
-    Labels are the completion (answer and turn end) and nothing else. `token_type_ids` mark image tokens in every
-    batch, also in one without images: Gemma 3 needs them to build its attention mask.
+    Labels are the completion (answer and turn end) and nothing else. Every batch says which tokens are image tokens,
+    also one without images: Gemma builds its attention mask from that (`token_type_ids`; `mm_token_type_ids` in Gemma
+    4). Each batch is checked by `check_batch`, since all that it finds would train without an error.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = processor.tokenizer.image_token_id
+        self.token_types = token_types_key(processor)
+        self.turns = find_turns(processor)
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        images = [[open_image(image) for image in row.get("images") or []] for row in rows]
+        images = [open_images(row) for row in rows]
         texts = [self.render(row, len(own)) for row, own in zip(rows, images, strict=True)]
         # The rendered template already begins with <bos>; special tokens on top would double it.
         inputs = self.processor(
             text=[prompt for prompt, _ in texts],
             images=images if any(images) else None,
             add_special_tokens=False,
+            padding=False,  # Gemma 4's processor pads unless told not to
         )
-        prompts: list[list[int]] = inputs.pop("input_ids")
         answers = self.tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
-        batch = self._pad(prompts, answers)
-        if any(images):
-            batch["pixel_values"] = torch.stack([torch.as_tensor(picture) for picture in inputs["pixel_values"]])
+        batch = self._pad(inputs["input_ids"], answers)
+        for key in [key for key in inputs if key not in TEXT_KEYS]:  # pixels; in Gemma 4 also where each patch lies
+            batch[key] = torch.stack([torch.as_tensor(picture) for picture in inputs[key]])
+        problems = check_batch(batch, self.processor, turns=self.turns, names=[name_row(row) for row in rows])
+        if problems:
+            raise DatasetError(problems[0])
         return batch
 
     def render(self, row: Mapping, image_count: int) -> tuple[str, str]:
-        """Prompt and answer as the chat template writes them; images stand before the first user's words."""
-        prompt = [dict(message) for message in row["prompt"]]
-        first_user = next(i for i, message in enumerate(prompt) if message["role"] == "user")
-        for i, message in enumerate(prompt):
-            if isinstance(message["content"], str):
-                pictures = [{"type": "image"}] * (image_count if i == first_user else 0)
-                message["content"] = [*pictures, {"type": "text", "text": message["content"]}]
-        completion = [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if isinstance(message["content"], str)
-            else dict(message)
-            for message in row["completion"]
-        ]
-        start = self.processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = self.processor.apply_chat_template([*prompt, *completion], tokenize=False)
-        if not whole.startswith(start):
-            raise DatasetError("the chat template renders a prompt differently when an answer follows it")
-        return start, whole[len(start) :]
+        """Prompt as the chat template writes it for generation, and the answer with its turn end.
+
+        Images stand where the messages say; where none says so, before the first user's words.
+
+        Raises:
+            DatasetError: when the template refuses the row, or its places for images are more or fewer than its images.
+        """
+        prompt, completion = _messages(row["prompt"]), _messages(row["completion"])
+        if not prompt:
+            raise DatasetError(f"{name_row(row)}: its prompt is empty")
+        if image_count and not any(part["type"] == "image" for message in prompt for part in message["content"]):
+            first_user = next((message for message in prompt if message["role"] == "user"), None)
+            if first_user is not None:
+                first_user["content"][:0] = [{"type": "image"}] * image_count
+        try:
+            start = self.processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            whole = self.processor.apply_chat_template([*prompt, *completion], tokenize=False)
+        except TemplateError as error:
+            raise DatasetError(f"{name_row(row)}: the chat template refuses it: {error}") from error
+        places = whole.count(self.processor.image_token)
+        if places != image_count:
+            raise DatasetError(
+                f"{name_row(row)}: images: {image_count}, places for images in its messages: {places}; "
+                "give one for each, or leave the places out"
+            )
+        stem = start.removesuffix(self.turns.prefill)
+        if not whole.startswith(stem):
+            raise DatasetError(f"{name_row(row)}: {RENDERS_DIFFERENTLY}")
+        return start, whole[len(stem) :]
 
     def _pad(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
@@ -114,15 +187,158 @@ class ChatCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "token_type_ids": (input_ids == self.image_token_id).long(),
+            self.token_types: (input_ids == self.image_token_id).long(),
             "labels": labels,
         }
 
 
-def open_image(image: Mapping | PillowImage.Image) -> PillowImage.Image:
-    """An image of a row in RGB as displayed: undecoded (`bytes` or `path`) or already a Pillow image."""
+def _messages(messages: Sequence[Mapping]) -> list[dict]:
+    """Copies whose content is a list of parts; Arrow fills keys that a part has not with None."""
+    return [{**message, "content": _parts(message["content"])} for message in messages]
+
+
+def _parts(content: str | Sequence[Mapping] | None) -> list[dict]:
+    if isinstance(content, str) or content is None:
+        return [{"type": "text", "text": content or ""}]
+    # What an image part holds is not looked at: the pictures of a row are those of its column `images`.
+    return [
+        {key: value for key, value in part.items() if key == "type" or (part["type"] != "image" and value is not None)}
+        for part in content
+    ]
+
+
+def name_row(row: Mapping) -> str:
+    """A row as error messages name it."""
+    return f"row {row['row_id']}" if row.get("row_id") else "a row without row_id"
+
+
+def open_images(row: Mapping) -> list[PillowImage.Image]:
+    """The images of a row in RGB; none where it has no column `images`.
+
+    Raises:
+        DatasetError: for one that cannot be read; the message names the row.
+    """
+    pictures = []
+    for number, image in enumerate(row.get("images") or [], start=1):
+        try:
+            pictures.append(open_image(image))
+        except UNREADABLE as error:
+            raise DatasetError(f"{name_row(row)}: image {number} cannot be read: {error}") from error
+    return pictures
+
+
+def open_image(image: Mapping | PillowImage.Image | bytes | str | Path) -> PillowImage.Image:
+    """An image of a row in RGB as displayed: undecoded (`bytes` or `path`), or already a Pillow image."""
     if isinstance(image, PillowImage.Image):
         return to_rgb(image)
-    source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    with PillowImage.open(source) as opened:
+    with PillowImage.open(image_source(image)) as opened:
         return to_rgb(opened)
+
+
+def image_source(image: Mapping | bytes | str | Path) -> io.BytesIO | str | Path:
+    """Where Pillow can read an undecoded image from."""
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if image is None:
+        raise ValueError("neither bytes nor a path")
+    return io.BytesIO(image) if isinstance(image, bytes) else image
+
+
+def token_types_key(processor: ProcessorMixin) -> str:
+    """What the model of a processor calls the mark of image tokens: Gemma 3 and 4 differ."""
+    return "token_type_ids" if "token_type_ids" in processor.model_input_names else "mm_token_type_ids"
+
+
+def find_turns(processor: ProcessorMixin) -> Turns:
+    """Read off the chat template which tokens open the model's turn and end it.
+
+    Raises:
+        DatasetError: when the template renders a prompt differently once an answer follows.
+    """
+    question = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    asked = processor.apply_chat_template([question], tokenize=False)
+    opened = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    answered = processor.apply_chat_template([question, answer], tokenize=False)
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(opened, answered, strict=False))
+    stem = opened[: sum(1 for _ in shared)]
+    if not (opened.startswith(asked) and len(stem) > len(asked) and answered[len(stem) :].startswith("b")):
+        raise DatasetError(RENDERS_DIFFERENTLY)
+    opening, end = processor.tokenizer(
+        [opened[len(asked) :], answered[len(stem) + 1 :]], add_special_tokens=False, padding=False
+    )["input_ids"]
+    return Turns(opening, end[0] if end else None, prefill=opened[len(stem) :])
+
+
+def check_batch(
+    batch: Mapping[str, torch.Tensor],
+    processor: ProcessorMixin,
+    *,
+    turns: Turns | None = None,
+    names: Sequence[str] | None = None,
+) -> list[str]:
+    """What is wrong with a batch, a sentence for each: labels, <bos>, marks of image tokens, images.
+
+    `names` are what the sentences call the rows. An empty list is a sound batch.
+    """
+    turns = turns or find_turns(processor)
+    tokenizer = processor.tokenizer
+    problems = []
+    if turns.end is None:
+        problems.append("the chat template writes nothing after an answer: the model would never learn to stop")
+    if tokenizer.pad_token_id in (turns.end, tokenizer.eos_token_id):
+        problems.append(f"the tokenizer pads with {tokenizer.pad_token!r}, which also ends a turn or a text")
+    columns = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
+    for number, (ids, labels, attention) in enumerate(zip(*columns, strict=True)):
+        name = names[number] if names else f"row {number + 1} of the batch"
+        sentences = _check_row(ids[: sum(attention)], labels, processor, turns)
+        problems.extend(f"{name}: {sentence}" for sentence in sentences)
+    return problems + _check_tensors(batch, processor)
+
+
+def _check_row(ids: list[int], labels: list[int], processor: ProcessorMixin, turns: Turns) -> list[str]:
+    bos, image = processor.tokenizer.bos_token_id, processor.tokenizer.image_token_id
+    problems = []
+    if bos is not None and ids.count(bos) != 1:
+        problems.append(f"<bos> occurs {ids.count(bos)} times instead of once: the template's own is enough")
+    trained = [place for place, label in enumerate(labels) if label != IGNORED]
+    if not trained:
+        return [*problems, "no token is trained: its answer is empty or was cut off"]
+    first, answer = trained[0], labels[trained[0] : trained[-1] + 1]
+    if image in answer:
+        problems.append("image tokens are in the labels")
+    if ids[:first][-len(turns.opening) :] != turns.opening or len(answer) != len(trained):
+        problems.append("the labels are not the answer alone: part of the prompt is trained, or of the answer is not")
+    elif answer != ids[first:]:
+        problems.append("the labels are not the tokens of the answer up to its end")
+    if turns.end is not None and answer.count(turns.end) != 1:
+        problems.append(f"the turn end occurs {answer.count(turns.end)} times in the labels instead of once")
+    elif answer[0] == turns.end:
+        problems.append("its answer is empty")
+    return problems
+
+
+def _check_tensors(batch: Mapping[str, torch.Tensor], processor: ProcessorMixin) -> list[str]:
+    key = token_types_key(processor)
+    is_image = batch["input_ids"] == processor.tokenizer.image_token_id
+    problems = []
+    if key not in batch:
+        problems.append(f"{key} is missing: the attention mask would be another than the model was trained with")
+    elif not torch.equal(batch[key] == 1, is_image):
+        problems.append(f"{key} does not mark the image tokens and them alone")
+    features = _count_features(batch, processor)
+    if features is not None and features != is_image.sum():
+        problems.append(f"the pictures make {features} image tokens, the texts have {int(is_image.sum())}")
+    return problems
+
+
+def _count_features(batch: Mapping[str, torch.Tensor], processor: ProcessorMixin) -> int | None:
+    """How many image tokens the pictures of a batch fill; None for a family that we cannot count."""
+    if "pixel_values" not in batch:
+        return 0
+    if "image_position_ids" in batch:
+        patches = (batch["image_position_ids"] != -1).all(-1).sum(-1)
+        return int((patches // processor.image_processor.pooling_kernel_size**2).sum())
+    if token_types_key(processor) == "token_type_ids":
+        return len(batch["pixel_values"]) * processor.image_seq_length
+    return None

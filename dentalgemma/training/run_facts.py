@@ -15,11 +15,13 @@ from trl import ModelConfig
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
 from dentalgemma import __version__
-from dentalgemma.models.parts import count_parameters
+from dentalgemma.models.loading import fingerprint_files, weights_folder
 from dentalgemma.training.config import StageConfig
+from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
 
 FILE_NAME = "run_facts.json"
+UNRECORDED = "unrecorded"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface-hub")
 HYPERPARAMETERS = (
     "num_train_epochs",
@@ -40,22 +42,42 @@ HYPERPARAMETERS = (
 
 
 def write_run_facts(trainer: StageTrainer, stage: StageConfig, model_config: ModelConfig, dataset: DatasetDict) -> None:
-    """Write the facts of a finished run into its folder; in a distributed run the first process does."""
-    if not trainer.is_world_process_zero():
-        return
-    state, args = trainer.state, trainer.args
+    """Write the facts of a finished run into its folder; every process calls it, the first one writes.
+
+    Raises:
+        ProofError: after writing, when the run did not train what it was told to.
+    """
+    proof = trainer.proof.finish(trainer.args, trainer.state.global_step)
+    if trainer.is_world_process_zero():
+        _write(trainer, stage, model_config, dataset, proof)
+    if not proof["passed"]:
+        raise ProofError(explain(proof))
+
+
+def _write(
+    trainer: StageTrainer, stage: StageConfig, model_config: ModelConfig, dataset: DatasetDict, proof: dict
+) -> None:
+    state, args, start = trainer.state, trainer.args, trainer.start
     facts = {
         "stage": stage.stage,
         "trains": stage.trains,
-        "base_model": without_folder(model_config.model_name_or_path),
-        "base_is_local": Path(model_config.model_name_or_path or "").is_dir(),
+        "base_model": without_folder(start.base),
+        "base_is_local": Path(start.base).is_dir(),
         "base_is_rehearsal": getattr(trainer.model.config, "rehearsal", False),
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "base_weights": fingerprint_files(weights_folder(start.base, start.revision)),
+        "chain": [_without_chain(facts_of(adapter)) for adapter in start.adapters],
         "dataset": without_folder(stage.dataset_name),
         "data_sources": _data_sources(stage.dataset_name),
         "dataset_rows": {split: len(rows) for split, rows in dataset.items()},
         "dataset_fingerprints": {split: rows._fingerprint for split, rows in dataset.items()},
-        "parts": count_parameters(trainer.model),
+        "left_out": trainer.rows.left_out,
+        "longest_rows": trainer.rows.longest,
+        "mixture": [
+            {**entry, "dataset": without_folder(entry["dataset"])} for entry in getattr(dataset, "mixture", ())
+        ],
+        "parts": trainer.parts,
+        "proof": proof,
         "lora": {"r": model_config.lora_r, "alpha": model_config.lora_alpha, "dropout": model_config.lora_dropout},
         "dtype": model_config.dtype,
         "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
@@ -67,6 +89,7 @@ def write_run_facts(trainer: StageTrainer, stage: StageConfig, model_config: Mod
         "best_metric": {args.metric_for_best_model: state.best_metric} if args.metric_for_best_model else None,
         "seconds": _last(state.log_history, "train_runtime"),
         "losses": losses(state.log_history),
+        "sampled_validation": trainer.validation.facts(state) if trainer.validation else None,
         "hardware": hardware(),
         "versions": {"dentalgemma": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
@@ -102,6 +125,21 @@ def read_run_facts(run: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def facts_of(adapter: Path) -> dict:
+    """The facts behind an adapter; a checkpoint's are those of the run around it, where it was finished.
+
+    A stage without facts is kept as unrecorded, and has no card.
+    """
+    for folder in (adapter, adapter.parent):
+        if (folder / FILE_NAME).is_file():
+            return read_run_facts(folder)
+    return {"stage": UNRECORDED}
+
+
+def _without_chain(facts: dict) -> dict:
+    return {key: value for key, value in facts.items() if key != "chain"}
+
+
 def losses(log_history: list[dict]) -> dict[str, list[dict[str, float]]]:
     """Training and validation losses by step."""
     train = [{"step": entry["step"], "loss": entry["loss"]} for entry in log_history if "loss" in entry]
@@ -112,7 +150,12 @@ def losses(log_history: list[dict]) -> dict[str, list[dict[str, float]]]:
 def hardware() -> dict[str, object]:
     """The device that trains, and how many of them this process sees."""
     if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+        peak = torch.cuda.max_memory_allocated()  # of this process, in bytes, since it began
+        return {
+            "device": torch.cuda.get_device_name(),
+            "count": torch.cuda.device_count(),
+            "peak_gpu_memory": peak,
+        }
     return {"device": f"CPU {platform.machine()}", "threads": torch.get_num_threads()}
 
 

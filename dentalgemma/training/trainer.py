@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
+from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from dentalgemma.models.parts import adapter_config
+from data_builders.records import InputError
+from dentalgemma.models.loading import find_start, keep_chain
+from dentalgemma.models.parts import adapter_config, check_trainable, part_of, parts_table
+from dentalgemma.training import checkpoints
 from dentalgemma.training.config import StageConfig
+from dentalgemma.training.curves import Curves
 from dentalgemma.training.data import ChatCollator
+from dentalgemma.training.first_loss import FirstLoss
+from dentalgemma.training.lengths import LengthGroups, keep_fitting, set_epoch
+from dentalgemma.training.precision import check_attention
+from dentalgemma.training.proof import TrainingProof
+from dentalgemma.training.sharding import check_architecture, check_rows, wrap_decoder_layers
+from dentalgemma.training.validation import prepare_validation
 
 
 class StageTrainer(SFTTrainer):
@@ -29,7 +43,14 @@ class StageTrainer(SFTTrainer):
         model_config: ModelConfig,
         dataset: DatasetDict,
     ) -> None:
+        self.rows = keep_fitting(dataset, processor, model.config, stage=stage, training=training)
+        dataset = self.rows.dataset
+        self.validation = prepare_validation(stage, training, dataset[stage.dataset_test_split], processor)
         patience = stage.early_stopping_patience
+        check_architecture(model.config, training)
+        check_attention(model.config, model_config.attn_implementation)
+        for split in (stage.dataset_train_split, stage.dataset_test_split):
+            check_rows(dataset[split], training, split=split, trains=stage.trains)
         super().__init__(
             model=model,
             args=training,
@@ -37,14 +58,129 @@ class StageTrainer(SFTTrainer):
             eval_dataset=dataset[stage.dataset_test_split],
             processing_class=processor,
             data_collator=ChatCollator(processor),
-            peft_config=adapter_config(model_config, stage.trains),
+            peft_config=adapter_config(model, model_config, stage.trains),
             callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)] if patience else None,
+        )
+        wrap_decoder_layers(self.accelerator, self.model)
+        # Gemma 4 says False, and transformers would average batches of unequal length; TRL's loss scales by itself.
+        self.model_accepts_loss_kwargs = True
+        _keep_full_precision(self.model, training)
+        self.start = find_start(model_config.model_name_or_path, model_config.model_revision)
+        self.parts = check_trainable(self.model, stage.trains)
+        _check_images(stage, dataset)
+        if self.is_world_process_zero():
+            keep_chain(self.start, Path(training.output_dir))
+            Console(stderr=True).print(parts_table(self.parts))
+        self.proof = TrainingProof(self.model, training)
+        self.add_callback(self.proof)
+        self.add_callback(Curves(stage.stage))
+        self.add_callback(FirstLoss(model.config))
+        self.settings = vars(stage) | training.to_dict() | vars(model_config)
+        self.stop = checkpoints.StopSignal()
+        self.evaluation_due = self.stopping = False
+        self.add_callback(checkpoints.StepHooks(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
+        """Train, or go on from a checkpoint that is complete and of the same run; `auto` takes the newest.
+
+        Raises:
+            CheckpointError: when there is none to go on from, or data, settings or processes are others.
+            StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint; what follows training must not run.
+        """
+        self.resume = checkpoints.prepare_resume(self, resume_from_checkpoint)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # `_save_checkpoint` rotates
+        self.checkpoints_kept = keep
+        try:
+            with self.stop:
+                folder = self.resume.folder
+                output = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+        except checkpoints.EvaluationInterrupted:
+            raise checkpoints.stopped(self) from None
+        finally:
+            self.args.save_total_limit = keep
+        if self.must_stop() and checkpoints.is_saved(self):
+            raise checkpoints.stopped(self)
+        return output
+
+    def must_stop(self) -> bool:
+        """Whether a signal came to any process; all processes ask together."""
+        if self.stop.name:
+            self.accelerator.set_trigger()
+        self.stopping = self.stopping or self.accelerator.check_trigger()
+        return self.stopping
+
+    def interrupt_evaluation(self) -> None:
+        """Leave an evaluation when a signal came; all processes call it, once per batch."""
+        if self.is_in_train and self.must_stop():
+            raise checkpoints.EvaluationInterrupted
+
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+        """Evaluate without a trace in the random states: what is trained after it stays the same."""
+        with checkpoints.unchanged_randomness():
+            return super().evaluate(*args, **kwargs)
+
+    def _run_epoch(self, **kwargs: object) -> None:
+        if checkpoints.is_finished(self):
+            self.control.should_training_stop = True
+        else:
+            set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+            super()._run_epoch(**kwargs)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, model: nn.Module, *args, **kwargs
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        except checkpoints.EvaluationInterrupted:
+            self.evaluation_due = True
+            self._save_checkpoint(model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.stopping:
+            raise checkpoints.stopped(self)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Save, then list every file in a manifest, then delete what is no longer needed: in this order."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with checkpoints.writing(folder, self.accelerator):
+            super()._save_checkpoint(model, trial)
+            checkpoints.complete(self, folder)
+        # A signal may have come while it was written; another step first would only cost time.
+        self.must_stop()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            checkpoints.check_adapter_keys(Path(resume_from_checkpoint), self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        checkpoints.check_best(self)
+        self.proof.look()
+        super()._load_best_model()
+
+    def _load_callback_state(self) -> None:
+        checkpoints.restore_state(self)
+
+    def _get_dataloader(self, *args: object, **kwargs: object) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(checkpoints.ignore_signals, inner.worker_init_fn)
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroups(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.train_dataset[self.args.length_column_name][:],
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
         )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """One validation batch; its answer tokens are counted for `evaluation_loop`."""
+        self.interrupt_evaluation()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -65,15 +201,43 @@ class StageTrainer(SFTTrainer):
         loss, right, tokens = self._answer_tokens.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / max(tokens, 1)
+        if self.validation and metric_key_prefix == "eval":
+            output.metrics.update({f"eval_{name}": value for name, value in self.validation.evaluate(self).items()})
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # PEFT puts a card full of "[More Information Needed]" beside every adapter.
         (Path(output_dir or self.args.output_dir) / "README.md").unlink(missing_ok=True)
+        # transformers pickles its arguments here, with any token among them, and nothing of ours reads them.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write no card: TRL's names no base model and the wrong task; `dentalgemma card` writes the real one."""
 
     def _send_telemetry(self) -> None:
         """Send nothing: training data may be about patients, and whoever trains was not asked."""
+
+
+def _check_images(stage: StageConfig, dataset: DatasetDict) -> None:
+    """What only pictures reach cannot learn from rows without one."""
+    blind = [part for part in stage.trains if part != "language_model"]
+    rows = dataset[stage.dataset_train_split]
+    if blind and not ("images" in rows.column_names and any(rows["images"])):
+        raise InputError(f"trains: {blind[0]}: {stage.dataset_name} cannot teach it, no row of it has an image")
+
+
+def _keep_full_precision(model: nn.Module, training: SFTConfig) -> None:
+    """Hold trained weights in fp32: small steps would be lost in 16 bits.
+
+    PEFT does so for LoRA, but not for `modules_to_save`, and TRL turns it back for quantised bases (trl 1.16, peft
+    0.21). ZeRO-3 wants one dtype, and keeps an fp32 copy of its own.
+    """
+    plugin = training.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize == 2:
+            if "lora_" not in name and not (training.bf16 or training.fp16):
+                raise InputError(f"{part_of(name)} trains in full: set `bf16: true`, or `dtype: float32` on a CPU")
+            parameter.data = parameter.data.float()

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -356,9 +357,10 @@ def merge(
 
     Example: `dentalgemma merge runs/stage1_vqa --out models/stage1_vqa --rows data/vqa`
     """
-    from dentalgemma.merging import merge_adapter
+    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to stdout when it is imported
+        from dentalgemma.merging import merge_adapter
 
-    certificate = merge_adapter(run, out, base=base, dtype=dtype, rows=rows)
+        certificate = merge_adapter(run, out, base=base, dtype=dtype, rows=rows)
     if as_json:
         typer.echo(json.dumps(certificate, indent=2))
         return
@@ -495,21 +497,22 @@ def doctor(
 
     Example: `dentalgemma doctor recipes/stage1_vqa.yaml --gpu l4 --dataset_name data/vqa --rehearse`
     """
-    from dentalgemma.training.doctor import diagnose
+    with redirect_stdout(sys.stderr):  # see `merge`
+        from dentalgemma.training.doctor import diagnose
 
-    found = diagnose(
-        config,
-        context.args,
-        gpu=gpu,
-        gpus=gpus,
-        accelerate=accelerate,
-        throughput=throughput,
-        first_loss=first_loss,
-    )
-    if rehearse:
-        from dentalgemma.training.dry_run import add_rehearsal
+        found = diagnose(
+            config,
+            context.args,
+            gpu=gpu,
+            gpus=gpus,
+            accelerate=accelerate,
+            throughput=throughput,
+            first_loss=first_loss,
+        )
+        if rehearse:
+            from dentalgemma.training.dry_run import add_rehearsal
 
-        add_rehearsal(found, config, context.args)
+            add_rehearsal(found, config, context.args)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:

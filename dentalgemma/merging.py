@@ -46,8 +46,8 @@ COPIED = (
     "merges.txt",
 )
 PREPROCESSOR = "preprocessor_config.json"
-# Of the largest logit. fp32 rounding stays below it; a merge that garbles weights is off by whole units.
-PARITY_TOLERANCE = 1e-3
+# Of the largest logit. Rounding stays below it; a merge that garbles weights is off by whole units.
+PARITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 # Of the adapter's own effect on the logits: rounding may cost part of it, and is warned of earlier. A lost adapter is
 # as far off as the base, a garbled one farther.
 NEARER_THAN_BASE = 0.75
@@ -151,7 +151,7 @@ def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dt
     if not failures:  # a folder that is wrong already might not even load
         reference = ask_reference(folder, adapters, batches, files, updates)
         failures += reference.failures
-        answers = ask_merged(out, batches)
+        answers = ask_merged(out, batches, reference.dtype)
         facts |= _judge(reference, answers, failures)
         facts["weights"] = answers.weights
         facts["files"] = fingerprint_files(out)
@@ -160,16 +160,16 @@ def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dt
 
 def _judge(reference: Reference, answers: Answers, failures: list[str]) -> dict:
     """Compare logits with those of the adapters: in fp32 before the cast, the cast weights in fp32, and as loaded."""
-    facts = {"peft_difference": reference.peft_difference}
+    facts = {"peft_difference": reference.peft_difference, "parity_dtype": _plain(reference.dtype)}
     facts |= compare_logits(reference.adapted, reference.folded)
-    facts |= compare_logits(reference.adapted, answers.in_fp32, "cast_")
+    facts |= compare_logits(reference.adapted, answers.as_reference, "cast_")
     facts |= compare_logits(reference.adapted, answers.loaded, "reloaded_")
     facts |= compare_logits(reference.adapted, reference.base, "base_")
     largest = max(logits.abs().max().item() for logits in reference.adapted)
     # Each is written so that NaN fails: no comparison with it is ever true.
     if not facts["peft_difference"] <= PEFT_TOLERANCE:
         failures.append(f"updates differ from PEFT's by {facts['peft_difference']:.2g} of their norm")
-    if not facts["max_logit_difference"] <= PARITY_TOLERANCE * max(1.0, largest):
+    if not facts["max_logit_difference"] <= PARITY_TOLERANCE[reference.dtype] * max(1.0, largest):
         failures.append(f"folded logits differ from the adapter's by {facts['max_logit_difference']:.2g}")
     near, far = facts["cast_mean_logit_difference"], facts["base_mean_logit_difference"]
     if not near < NEARER_THAN_BASE * far:

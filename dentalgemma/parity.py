@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -30,20 +31,21 @@ Batch = dict[str, torch.Tensor]
 
 
 class Reference(NamedTuple):
-    """Logits of each row in fp32: base, base with adapters, base with the updates that are to be written."""
+    """Logits of each row: base, base with adapters, base with the updates that are to be written."""
 
     base: list[torch.Tensor]
     adapted: list[torch.Tensor]
     folded: list[torch.Tensor]
     peft_difference: float  # between PEFT's updates and ours, relative, the largest of any tensor
     failures: list[str]
+    dtype: torch.dtype = torch.float32  # that they were computed in
 
 
 class Answers(NamedTuple):
-    """Logits of the merged folder, loaded alone: as its users load it, and its weights computed with in fp32."""
+    """Logits of the merged folder, loaded alone: as its users load it, and computed with as the reference was."""
 
     loaded: list[torch.Tensor]
-    in_fp32: list[torch.Tensor]
+    as_reference: list[torch.Tensor]
     weights: str  # fingerprint
 
 
@@ -85,8 +87,12 @@ def ask_reference(
     files: Sequence[WeightFile],
     updates: Mapping[str, Update],
 ) -> Reference:
-    """Load the base in fp32 once and ask it bare, with the adapters as PEFT applies them, and with our updates."""
-    model, _ = load_pretrained(base, dtype=torch.float32)
+    """Load the base once and ask it bare, with the adapters as PEFT applies them, and with our updates.
+
+    In fp32 where that fits into memory, else in bf16.
+    """
+    dtype = computing_dtype(files)
+    model, _ = load_pretrained(base, dtype=dtype)
     model.eval()
     before = logits(model, batches)
     difference, failures = 0.0, []
@@ -99,17 +105,24 @@ def ask_reference(
     after = logits(adapted, batches)
     model = adapted.unload()
     _put_updates(model, files, updates)
-    return Reference(before, after, logits(model, batches), difference, failures)
+    return Reference(before, after, logits(model, batches), difference, failures, dtype)
 
 
-def ask_merged(folder: Path, batches: Sequence[Batch]) -> Answers:
+def computing_dtype(files: Sequence[WeightFile], available: int | None = None) -> torch.dtype:
+    """What a model is asked in: fp32, or bf16 where fp32 would not leave a quarter of its size free (Colab: 12 GB)."""
+    needed = 4 * sum(stored.count for file in files for stored in file.tensors.values())
+    available = psutil.virtual_memory().available if available is None else available
+    return torch.float32 if needed * 1.25 < available else torch.bfloat16
+
+
+def ask_merged(folder: Path, batches: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Answers:
     """Load a model folder alone, as its users will, and ask it."""
     gc.collect()  # modules point at each other, so that the reference model might still be there
     model, _ = load_pretrained(folder)
     model.eval()
     weights = fingerprint_weights(model)
     loaded = logits(model, batches)
-    return Answers(loaded, loaded if model.dtype == torch.float32 else logits(model.float(), batches), weights)
+    return Answers(loaded, loaded if model.dtype == dtype else logits(model.to(dtype), batches), weights)
 
 
 @torch.inference_mode()
@@ -151,7 +164,7 @@ def _compare_with_peft(
             for name, value in module.modules_to_save["default"].state_dict().items():
                 name = f"{path}.{name}"
                 theirs.add(name)
-                if name in ours and not torch.equal(value, ours[name].file.read(ours[name].replaced[name]).float()):
+                if name in ours and not torch.equal(value, ours[name].file.read(ours[name].replaced[name]).to(value)):
                     failures.append(f"PEFT loads other numbers than {adapter.folder.name} holds for {name}")
     odd = sorted(theirs ^ set(ours))
     if odd:

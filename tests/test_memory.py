@@ -207,6 +207,14 @@ def test_sharing_out_among_gpus_takes_off_what_it_shares(tiny_architecture):
     assert {memory.activations for memory in (alone, ddp, zero2, zero3, fsdp)} == {10**6}
 
 
+def test_four_bits_unpack_one_layer_at_a_time():
+    settings = lora(dtype="bfloat16", load_in_4bit=True)
+    model = build_on_meta(GEMMA3_4B, settings, ["language_model"])
+    memory = step_memory(model, Trace(0, 0), Batch(1, 100, 20), training(), settings, Sharding())
+
+    assert memory.weights - weight_bytes(model, settings) == 2560 * 10240 * 2
+
+
 def test_the_fused_head_never_holds_all_logits(tiny_architecture):
     model = build_on_meta(GEMMA3_4B, lora(dtype="bfloat16"), ["language_model"])
     batch = Batch(4, 1000, 100)
@@ -229,13 +237,13 @@ def test_steps_are_those_of_the_trainer(rows, options, gpus, steps):
 
 
 def test_what_would_fit_keeps_the_rows_of_a_step():
-    options = [
-        option for option, *_ in what_would_fit(Batch(8, 600, 100), training(gradient_checkpointing=False), lora())
-    ]
+    settings = training(gradient_checkpointing=False)
+    eight, one = ([option for option, *_ in what_would_fit(Batch(rows, 600, 100), settings, lora())] for rows in (8, 1))
 
-    assert options[0] == "--gradient_checkpointing true"
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 8" in options[1]
-    assert options[-1].endswith("--load_in_4bit true")
+    assert eight[0] == "--gradient_checkpointing true"
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 8" in eight[1]
+    assert eight[-1].endswith("--load_in_4bit true")
+    assert one == ["--gradient_checkpointing true", "--gradient_checkpointing true --load_in_4bit true"]
 
 
 def test_gpus_without_bf16_are_known_as_such():

@@ -16,6 +16,7 @@ from dentalgemma.merging import MergeError, merge_adapter, read_certificate
 from dentalgemma.models.loading import find_start, fingerprint_files, fold_adapters, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.models.tiny import make_tiny_model
+from dentalgemma.parity import computing_dtype
 from dentalgemma.weight_files import open_model
 
 ALIGNER = {"gemma3": "multi_modal_projector", "gemma4": "embed_vision"}
@@ -351,3 +352,21 @@ def test_rows_are_taken_from_the_usual_place_and_what_a_killed_merge_left_is_rem
     assert merge_adapter(run, tmp_path / "model", dtype="float32")["parity_inputs"] == "4 rows of vqa, validation"
     assert read_certificate(tmp_path / "model")["passed"]
     assert {path.name for path in tmp_path.iterdir()} == {"data", "model", "run"}
+
+
+def test_without_room_for_fp32_the_models_are_asked_in_bf16(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr("dentalgemma.parity.computing_dtype", lambda files: torch.bfloat16)
+
+    certificate = merge_adapter(chain, tmp_path / "model")
+
+    assert certificate["passed"]
+    assert certificate["parity_dtype"] == "bfloat16"
+    assert certificate["cast_mean_logit_difference"] < certificate["base_mean_logit_difference"]
+
+
+def test_models_are_asked_in_fp32_where_that_leaves_room(tiny_model):
+    files = open_model(tiny_model)
+    size = 4 * sum(stored.count for file in files for stored in file.tensors.values())
+
+    assert computing_dtype(files, available=2 * size) == torch.float32
+    assert computing_dtype(files, available=size) == torch.bfloat16

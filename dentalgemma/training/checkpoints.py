@@ -427,6 +427,7 @@ def unsaved_progress(trainer: StageTrainer) -> dict[str, Any]:
         "last_logged": trainer._globalstep_last_logged,
         "metrics": dict(trainer._metrics["train"]),
         "tokens": trainer._total_train_tokens,
+        "seconds": trainer.seconds_before + time.monotonic() - trainer.started,
         "evaluation_due": trainer.evaluation_due,
     }
 
@@ -434,6 +435,7 @@ def unsaved_progress(trainer: StageTrainer) -> dict[str, Any]:
 def restore_progress(trainer: StageTrainer, progress: Mapping[str, Any]) -> None:
     """Put back what `unsaved_progress` saved; under another number of processes only what is common to all."""
     trainer._total_train_tokens = progress["tokens"]
+    trainer.seconds_before = progress["seconds"]
     trainer._metrics["train"].update(progress["metrics"])
     losses = progress["loss_sums"]
     if len(losses) == trainer.args.world_size:

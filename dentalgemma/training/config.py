@@ -111,7 +111,7 @@ def check_stage(stage: StageConfig, training: SFTConfig) -> None:
     reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if training.gradient_checkpointing and reentrant and set(stage.trains) & {"vision_tower", "aligner"}:
         # Pictures carry no gradient into the tower, so a reentrant checkpoint would give its adapters none either.
-        raise InputError("gradient_checkpointing_kwargs: a vision tower or aligner learns only with use_reentrant: false")
+        raise InputError("gradient_checkpointing_kwargs: tower and aligner learn only with use_reentrant: false")
     for tracker in {"tensorboard", "trackio", "wandb"}.intersection(training.report_to):
         if find_spec(tracker) is None:
             raise InputError(f"report_to: {tracker} is not installed: `pip install {tracker}`, or `report_to: none`")

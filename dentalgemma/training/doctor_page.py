@@ -11,7 +11,7 @@ BAR = 40  # characters
 LONGEST_PROMPT = 700  # characters of a prompt that are printed
 MEMORY_ROWS = {
     "weights": "frozen weights",
-    "adapters": "trained weights (fp32)",
+    "adapters": "trained weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations of the step",

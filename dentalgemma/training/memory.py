@@ -182,6 +182,9 @@ def step_memory(
         gathered = 2 * _largest_block(model)  # one layer at work, the next one on its way
     if sharding.kind == "ddp":
         gradients *= 2  # its buckets are copies
+    if model_config.load_in_4bit:
+        # A layer is unpacked while it is at work.
+        gathered += max(weight.numel() * weight.element_size() for weight in _quantised(model))
     cut = weights if sharding.kind in {"zero3", "fsdp"} else 0
     return Memory(
         weights=weights - cut + cut // parts + gathered,
@@ -201,11 +204,7 @@ def weight_bytes(model: nn.Module, model_config: ModelConfig) -> int:
         per_number = 0.5 + ((1 + 4 / 256) / 64 if model_config.use_bnb_nested_quant else 4 / 64)
     elif model_config.load_in_8bit:
         per_number = 1.0
-    quantised = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of(name) == "language_model" and "lm_head" not in name.split(".")
-    }
+    quantised = {id(weight) for weight in _quantised(model)}
     total = 0.0
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.requires_grad:
@@ -240,23 +239,32 @@ def what_would_fit(
     batch: Batch, training: SFTConfig, model_config: ModelConfig
 ) -> list[tuple[str, Batch, bool, ModelConfig]]:
     """Milder settings to try when memory does not suffice, each with the option that a user would set."""
-    one = replace(batch, rows=1)
-    total = batch.rows * training.gradient_accumulation_steps
-    tries = []
-    if not training.gradient_checkpointing:
-        tries.append(("--gradient_checkpointing true", batch, True, model_config))
-    smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {total} --gradient_checkpointing true"
+    checkpointing = "" if training.gradient_checkpointing else "--gradient_checkpointing true"
+    fewer = ""
     if batch.rows > 1:
-        tries.append((smaller, one, True, model_config))
-    if not model_config.load_in_4bit:
-        four = replace(model_config, load_in_4bit=True)
-        tries.append((f"{smaller} --load_in_4bit true" if batch.rows > 1 else "--load_in_4bit true", one, True, four))
-    return tries
+        accumulation = batch.rows * training.gradient_accumulation_steps
+        fewer = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
+    one, four = replace(batch, rows=1), replace(model_config, load_in_4bit=True)
+    packed = "" if model_config.load_in_4bit else "--load_in_4bit true"
+    tries = [((checkpointing,), batch, model_config)] if checkpointing else []
+    tries += [((fewer, checkpointing), one, model_config)] if fewer else []
+    tries += [((fewer, checkpointing, packed), one, four)] if packed else []
+    return [(" ".join(filter(None, words)), rows, True, settings) for words, rows, settings in tries]
 
 
 def _optimizer_bytes(training: SFTConfig) -> float:
     name = str(getattr(training.optim, "value", training.optim))
     return next((number for word, number in OPTIMIZER_BYTES.items() if word in name), 8)
+
+
+def _quantised(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that bitsandbytes packs: those of the language model's layers."""
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and part_of(name) == "language_model" and "lm_head" not in name.split(".")
+        if not module.weight.requires_grad
+    ]
 
 
 def _largest_block(model: nn.Module) -> int:

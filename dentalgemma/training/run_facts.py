@@ -87,7 +87,7 @@ def _write(
         "epochs": state.epoch,
         "best_step": _step_of(state.best_model_checkpoint),
         "best_metric": {args.metric_for_best_model: state.best_metric} if args.metric_for_best_model else None,
-        "seconds": _last(state.log_history, "train_runtime"),
+        "seconds": round(trainer.seconds_before + (_last(state.log_history, "train_runtime") or 0), 1),
         "losses": losses(state.log_history),
         "sampled_validation": trainer.validation.facts(state) if trainer.validation else None,
         "hardware": hardware(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class StageTrainer(SFTTrainer):
             StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint; what follows training must not run.
         """
         self.resume = checkpoints.prepare_resume(self, resume_from_checkpoint)
+        self.started, self.seconds_before = time.monotonic(), 0.0
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # `_save_checkpoint` rotates
         self.checkpoints_kept = keep
         try:
@@ -220,11 +222,19 @@ class StageTrainer(SFTTrainer):
 
 
 def _check_images(stage: StageConfig, dataset: DatasetDict) -> None:
-    """What only pictures reach cannot learn from rows without one."""
+    """What only pictures reach cannot learn from rows without one, and has no loss to go back from there."""
     blind = [part for part in stage.trains if part != "language_model"]
+    if not blind:
+        return
     rows = dataset[stage.dataset_train_split]
-    if blind and not ("images" in rows.column_names and any(rows["images"])):
+    pictured = sum(map(bool, rows["images"])) if "images" in rows.column_names else 0
+    if pictured == 0:
         raise InputError(f"trains: {blind[0]}: {stage.dataset_name} cannot teach it, no row of it has an image")
+    if "language_model" not in stage.trains and pictured < len(rows):
+        raise InputError(
+            f"trains: {blind[0]}: {len(rows) - pictured} of {len(rows)} rows have no image and teach it nothing; leave "
+            "them out, or train the language model too"
+        )
 
 
 def _keep_full_precision(model: nn.Module, training: SFTConfig) -> None:

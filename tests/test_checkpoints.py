@@ -169,9 +169,9 @@ def test_early_stopping_goes_on_counting_and_the_best_stays_the_best(go_on, tmp_
     assert whole.state.global_step == again.state.global_step == 8
     assert Path(again.state.best_model_checkpoint) == tmp_path / "moved/checkpoint-2"
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
-    assert again.proof.finish(again.args)["passed"]
+    assert again.proof.finish(again.args, again.state.global_step)["passed"]
     finished = go_on(tmp_path / "moved", "auto", **options)
-    assert finished.proof.finish(finished.args)["passed"]
+    assert finished.proof.finish(finished.args, finished.state.global_step)["passed"]
     assert finished.state.global_step == 8  # and not a step more
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved/checkpoint-2")
@@ -233,7 +233,7 @@ def test_a_new_run_does_not_write_over_an_earlier_one(cut_off):
         pytest.param({"learning_rate": 2e-2}, "learning_rate 0.01 → 0.02", id="setting"),
         pytest.param({"rows": 23}, "training rows", id="data"),
         pytest.param({"lora_r": 8}, r"trainable parameters \d+ → \d+; lora_r 4 → 8", id="trainable parameters"),
-        pytest.param({"trains": "aligner"}, r"trainable tensors \d+ → 2; trains", id="parts"),
+        pytest.param({"trains": "language_model aligner"}, r"trainable tensors \d+ → \d+; trains", id="parts"),
     ],
 )
 def test_a_changed_run_is_refused_by_the_name_of_the_change(cut_off, go_on, options, message):

@@ -6,8 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.fingerprint import Hasher
@@ -17,8 +18,10 @@ from transformers import ProcessorMixin
 
 from data_builders.images import UNREADABLE, to_rgb
 from data_builders.records import InputError
-from dentalgemma.training.config import StageConfig
 from dentalgemma.training.mixture import mix_in
+
+if TYPE_CHECKING:
+    from dentalgemma.training.config import StageConfig
 
 IGNORED = -100  # the label that cross entropy leaves out
 RENDERS_DIFFERENTLY = "the chat template renders a prompt differently when an answer follows it"
@@ -242,6 +245,32 @@ def image_source(image: Mapping | bytes | str | Path) -> io.BytesIO | str | Path
     if image is None:
         raise ValueError("neither bytes nor a path")
     return io.BytesIO(image) if isinstance(image, bytes) else image
+
+
+def count_without_images(rows: Dataset) -> int:
+    """How many rows have no image; no picture is read."""
+    if "images" not in rows.column_names:
+        return len(rows)
+    batches = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
+    columns = (batch["images"] for batch in batches)
+    return sum(pc.sum(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0)).as_py() for column in columns)
+
+
+def check_pictures(rows: Dataset, trains: Sequence[str], name: str) -> None:
+    """What only pictures reach cannot learn from rows without one, and has no loss to go back from there.
+
+    Raises:
+        DatasetError: naming the part and the counts.
+    """
+    blind = [part for part in trains if part != "language_model"]
+    without = count_without_images(rows) if blind else 0
+    if blind and without == len(rows):
+        raise DatasetError(f"trains: {', '.join(blind)}: no row of {name} has an image to learn from")
+    if without and "language_model" not in trains:
+        raise DatasetError(
+            f"trains: {', '.join(blind)}: {without} of {len(rows)} rows have no image and teach nothing; leave them "
+            "out, or train the language model too"
+        )
 
 
 def token_types_key(processor: ProcessorMixin) -> str:

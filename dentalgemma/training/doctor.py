@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -39,7 +39,14 @@ from dentalgemma.models.loading import (
 )
 from dentalgemma.models.parts import count_parameters
 from dentalgemma.training.config import StageConfig, check_stage, read_stage
-from dentalgemma.training.data import IGNORED, ChatCollator, DatasetError, load_splits, token_types_key
+from dentalgemma.training.data import (
+    IGNORED,
+    ChatCollator,
+    DatasetError,
+    check_pictures,
+    load_splits,
+    token_types_key,
+)
 from dentalgemma.training.first_loss import check_first_loss
 from dentalgemma.training.lengths import row_lengths
 from dentalgemma.training.memory import (
@@ -315,9 +322,8 @@ def _find_rows(case: Case, found: Diagnosis) -> None:
 
 def _check_pictures(case: Case, found: Diagnosis) -> None:
     rows = case.dataset[case.stage.dataset_train_split]
-    learners = [part for part in ("aligner", "vision_tower") if part in case.stage.trains]
-    if learners and not _has_pictures(rows):
-        found.refuse(f"trains: {', '.join(learners)}: no row of {case.stage.dataset_name} has an image to learn from")
+    with found.refusing():
+        check_pictures(rows, case.stage.trains, case.stage.dataset_name)
     if case.sharding.kind in {"zero3", "fsdp"}:
         plugin = SimpleNamespace(zero_stage=3) if case.sharding.kind == "zero3" else None
         shared = SimpleNamespace(deepspeed_plugin=plugin, fsdp=plugin is None, world_size=case.sharding.gpus)
@@ -327,10 +333,6 @@ def _check_pictures(case: Case, found: Diagnosis) -> None:
         if case.architecture is not None:
             with found.refusing():
                 check_architecture(case.architecture, shared)
-
-
-def _has_pictures(rows: Dataset) -> bool:
-    return "images" in rows.column_names and any(row["images"] for row in rows.select_columns("images"))
 
 
 def _check_lengths(case: Case, found: Diagnosis) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 from data_builders.records import InputError
-from dentalgemma.training.config import StageConfig
+
+if TYPE_CHECKING:
+    from dentalgemma.training.config import StageConfig
 
 TEXTS = ("prompt", "completion")
 PLAIN = List({"role": Value("string"), "content": Value("string")})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig
 from trl import SFTConfig
 
 from data_builders.records import InputError
+from dentalgemma.training.data import count_without_images
 
 INSTEAD = "use recipes/accelerate/zero2.yaml or multi_gpu.yaml"
 
@@ -48,18 +48,12 @@ def check_rows(rows: Dataset, training: SFTConfig, *, split: str, trains: Sequen
     gathers = sharding == "ZeRO-3" or (sharding == "FSDP" and set(trains) != {"language_model"})
     if not gathers or "images" not in rows.column_names:
         return
-    without = _count_without_images(rows)
+    without = count_without_images(rows)
     if 0 < without < len(rows):
         raise InputError(
             f"{without} of {len(rows)} rows of split {split!r} have no image: under {sharding} a process without "
             f"images would hang the others, or bring them down; {INSTEAD}"
         )
-
-
-def _count_without_images(rows: Dataset) -> int:
-    batches = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
-    columns = (batch["images"] for batch in batches)
-    return sum(pc.sum(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0)).as_py() for column in columns)
 
 
 def wrap_decoder_layers(accelerator: Accelerator, model: nn.Module) -> None:

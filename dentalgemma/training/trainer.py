@@ -22,7 +22,7 @@ from dentalgemma.models.parts import adapter_config, check_trainable, part_of, p
 from dentalgemma.training import checkpoints
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.curves import Curves
-from dentalgemma.training.data import ChatCollator
+from dentalgemma.training.data import ChatCollator, check_pictures
 from dentalgemma.training.first_loss import FirstLoss
 from dentalgemma.training.lengths import LengthGroups, keep_fitting, set_epoch
 from dentalgemma.training.precision import check_attention
@@ -68,7 +68,7 @@ class StageTrainer(SFTTrainer):
         _keep_full_precision(self.model, training)
         self.start = find_start(model_config.model_name_or_path, model_config.model_revision)
         self.parts = check_trainable(self.model, stage.trains)
-        _check_images(stage, dataset)
+        check_pictures(dataset[stage.dataset_train_split], stage.trains, stage.dataset_name)
         if self.is_world_process_zero():
             keep_chain(self.start, Path(training.output_dir))
             Console(stderr=True).print(parts_table(self.parts))
@@ -219,22 +219,6 @@ class StageTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send nothing: training data may be about patients, and whoever trains was not asked."""
-
-
-def _check_images(stage: StageConfig, dataset: DatasetDict) -> None:
-    """What only pictures reach cannot learn from rows without one, and has no loss to go back from there."""
-    blind = [part for part in stage.trains if part != "language_model"]
-    if not blind:
-        return
-    rows = dataset[stage.dataset_train_split]
-    pictured = sum(map(bool, rows["images"])) if "images" in rows.column_names else 0
-    if pictured == 0:
-        raise InputError(f"trains: {blind[0]}: {stage.dataset_name} cannot teach it, no row of it has an image")
-    if "language_model" not in stage.trains and pictured < len(rows):
-        raise InputError(
-            f"trains: {blind[0]}: {len(rows) - pictured} of {len(rows)} rows have no image and teach it nothing; leave "
-            "them out, or train the language model too"
-        )
 
 
 def _keep_full_precision(model: nn.Module, training: SFTConfig) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from dentalgemma.adapters import PREFIX, Adapter
+from dentalgemma.available_memory import available_memory
 from dentalgemma.folding import Update, wanted
 from dentalgemma.models.loading import fingerprint_weights, load_pretrained
 from dentalgemma.training.config import StageConfig
@@ -25,6 +25,7 @@ from dentalgemma.weight_files import WeightFile
 PROMPT = "What abnormalities are visible on this panoramic radiograph, and where?"
 SYNTHETIC = "a synthetic picture and prompt"
 ROWS = 4
+SPARE = 2**30  # bytes of a GPU's memory for what a row needs beside the weights
 POSITIONS = 64  # of each row, the last ones: the answer, and a bounded amount of memory at 262,144 logits a position
 
 Batch = dict[str, torch.Tensor]
@@ -89,11 +90,11 @@ def ask_reference(
 ) -> Reference:
     """Load the base once and ask it bare, with the adapters as PEFT applies them, and with our updates.
 
-    In fp32 where that fits into memory, else in bf16.
+    In fp32 where that fits into memory, else in bf16; on a GPU where it fits there too.
     """
     dtype = computing_dtype(files)
     model, _ = load_pretrained(base, dtype=dtype)
-    model.eval()
+    model.to(computing_device(model)).eval()
     before = logits(model, batches)
     difference, failures = 0.0, []
     for adapter in adapters[:-1]:
@@ -111,8 +112,17 @@ def ask_reference(
 def computing_dtype(files: Sequence[WeightFile], available: int | None = None) -> torch.dtype:
     """What a model is asked in: fp32, or bf16 where fp32 would not leave a quarter of its size free (Colab: 12 GB)."""
     needed = 4 * sum(stored.count for file in files for stored in file.tensors.values())
-    available = psutil.virtual_memory().available if available is None else available
+    available = available_memory() if available is None else available
     return torch.float32 if needed * 1.25 < available else torch.bfloat16
+
+
+def computing_device(model: torch.nn.Module) -> torch.device:
+    """The GPU where its free memory holds the model and a row, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.empty_cache()  # what a model before has left behind is free, but does not count as that
+    needed = 1.25 * sum(weight.numel() * weight.element_size() for weight in model.parameters()) + SPARE
+    return torch.device("cuda" if needed < torch.cuda.mem_get_info()[0] else "cpu")
 
 
 def ask_merged(folder: Path, batches: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Answers:
@@ -121,18 +131,24 @@ def ask_merged(folder: Path, batches: Sequence[Batch], dtype: torch.dtype = torc
     model, _ = load_pretrained(folder)
     model.eval()
     weights = fingerprint_weights(model)
-    loaded = logits(model, batches)
-    return Answers(loaded, loaded if model.dtype == dtype else logits(model.to(dtype), batches), weights)
+    loaded = logits(model.to(computing_device(model)), batches)
+    if model.dtype == dtype:
+        return Answers(loaded, loaded, weights)
+    model.to("cpu", dtype)
+    return Answers(loaded, logits(model.to(computing_device(model)), batches), weights)
 
 
 @torch.inference_mode()
 def logits(model: torch.nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """The logits of the last positions of each row, (positions, vocabulary) in fp32."""
-    dtype = next(model.parameters()).dtype
+    """The logits of the last positions of each row, (positions, vocabulary) in fp32, on the CPU."""
+    first = next(model.parameters())
     answers = []
     for batch in batches:
-        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
-        answers.append(model(**cast, logits_to_keep=POSITIONS, use_cache=False).logits[0].float())
+        inputs = {
+            key: value.to(first.device, first.dtype if value.is_floating_point() else None)
+            for key, value in batch.items()
+        }
+        answers.append(model(**inputs, logits_to_keep=POSITIONS, use_cache=False).logits[0].float().cpu())
     return answers
 
 
@@ -158,7 +174,7 @@ def _compare_with_peft(
         if isinstance(module, LoraLayer):
             theirs.add(f"{path}.weight")
             if f"{path}.weight" in ours:
-                delta, own = module.get_delta_weight("default"), ours[f"{path}.weight"].delta(f"{path}.weight")
+                delta, own = module.get_delta_weight("default").cpu(), ours[f"{path}.weight"].delta(f"{path}.weight")
                 largest = max(largest, ((delta - own).norm() / delta.norm().clamp(min=1e-30)).item())
         elif isinstance(module, ModulesToSaveWrapper):
             for name, value in module.modules_to_save["default"].state_dict().items():

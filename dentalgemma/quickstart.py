@@ -170,9 +170,7 @@ def train_stage(
             },
         )
     with run.step(f"Merge {merged}"):
-        certificate = merge_adapter(
-            adapter, models / merged, dtype="float32", rows=str(run.folder / "data" / dataset)
-        )
+        certificate = merge_adapter(adapter, models / merged, dtype="float32", rows=str(run.folder / "data" / dataset))
         console.print(
             f"{certificate['changed_tensors']} tensors changed, logits agree to "
             f"{certificate['reloaded_max_logit_difference']:.1e}"

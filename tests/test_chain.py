@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from dentalgemma.models.loading import (
     load_model,
     load_pretrained,
 )
-from dentalgemma.training.run_facts import write_run_facts
+from dentalgemma.models.tiny import make_tiny_model
+from dentalgemma.training.run_facts import without_folder, write_run_facts
 
 
 def finish(trainer):
@@ -113,6 +115,70 @@ def test_an_adapter_serves_without_merging(chain, tiny_model):
     assert (logits(served, processor) - before).abs().max() > 0.01
 
 
+def test_a_run_in_the_folder_of_another_has_no_part_in_its_chain(chain, tmp_path):
+    shutil.copytree(chain / "c", tmp_path / "c")
+    shutil.copytree(chain / "a", tmp_path / "c" / "ablation")
+    shutil.copytree(chain / "a", tmp_path / "c" / "checkpoint-3")
+
+    assert len(find_start(tmp_path / "c" / "ablation").adapters) == 1
+    assert len(find_start(tmp_path / "c" / "checkpoint-3").adapters) == 3
+
+
+def test_a_chain_with_something_else_in_it_is_refused(chain, tmp_path):
+    shutil.copytree(chain / "c", tmp_path / "c")
+    (tmp_path / "c" / "chain" / "notes").mkdir()
+
+    with pytest.raises(LoadError, match="notes is no adapter"):
+        find_start(tmp_path / "c")
+
+
+def test_a_start_that_is_refused_leaves_the_chain_of_the_run_that_is_there(chain, make_trainer, tmp_path):
+    shutil.copytree(chain / "c", tmp_path / "c")
+    (tmp_path / "c" / "checkpoint-3").mkdir()
+    trainer = make_trainer(chain / "a", tmp_path / "c")
+    kept = sorted(path.name for path in (tmp_path / "c" / "chain").iterdir())
+
+    with pytest.raises(InputError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-3"))
+
+    assert kept == ["1_align", "2_vqa"] == sorted(path.name for path in (tmp_path / "c" / "chain").iterdir())
+    assert (tmp_path / "c" / "run_facts.json").is_file()
+
+
+def test_an_adapter_whose_base_was_written_anew_is_refused(chain, tiny_model, tmp_path):
+    shutil.copytree(chain / "b", tmp_path / "b")
+    shutil.copytree(tiny_model, tmp_path / "base")
+    make_tiny_model(tmp_path / "base", seed=1)
+    for path in tmp_path.rglob("adapter_config.json"):
+        path.write_text(path.read_text().replace(str(tiny_model), str(tmp_path / "base")))
+
+    with pytest.raises(LoadError, match=r"is an adapter of another base: it was trained on weights"):
+        load_model(ModelConfig(model_name_or_path=str(tmp_path / "b"), dtype="float32"))
+
+
+@pytest.mark.known_bug(20)
+def test_an_adapter_is_no_start_under_zero_3(chain, monkeypatch):
+    monkeypatch.setattr("dentalgemma.models.loading.is_deepspeed_zero3_enabled", lambda: True)
+
+    with pytest.raises(LoadError, match="under ZeRO-3 no process has whole weights"):
+        load_model(ModelConfig(model_name_or_path=str(chain / "a"), dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("--dataset_name=/home/someone/patients/x", "--dataset_name=x"),
+        ("~/patients/x", "x"),
+        ("../patients/x", "x"),
+        ("data/of/someone", "someone"),
+        ("google/medgemma-1.5-4b-it", "google/medgemma-1.5-4b-it"),
+        ("--learning_rate=1e-4", "--learning_rate=1e-4"),
+    ],
+)
+def test_no_path_of_this_machine_gets_into_the_facts(given, written):
+    assert without_folder(given) == written
+
+
 @pytest.mark.known_bug(12)
 def test_an_adapter_of_another_base_is_refused(chain, tiny_gemma4):
     model, _ = load_pretrained(tiny_gemma4)
@@ -136,7 +202,7 @@ def test_a_base_with_missing_weights_is_refused(tiny_model, tmp_path):
 
 
 def test_a_run_is_not_written_over_the_adapter_it_starts_from(chain, make_trainer):
-    with pytest.raises(InputError, match="is the adapter that the run starts from"):
+    with pytest.raises(InputError, match="holds the adapter that the run starts from"):
         make_trainer(chain / "a", chain / "a")
 
 
@@ -190,8 +256,9 @@ class OneRepository(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(chain):
-    """The address of a loopback Hub that serves the runs of `chain` as `me/a`, `me/b` and `me/c`."""
+def hub(chain, tiny_model):
+    """The address of a loopback Hub that serves the runs of `chain` and, as `me/base`, what they adapt."""
+    shutil.copytree(tiny_model, chain / "base", dirs_exist_ok=True)
     handler = type("Hub", (OneRepository,), {"root": chain})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -208,6 +275,7 @@ print([folder.name.partition("_")[2] for folder in start.adapters[:2]], start.ba
 model, _ = load_model(ModelConfig(model_name_or_path="me/c", dtype="float32"))
 here, _ = load_model(ModelConfig(model_name_or_path={str(chain / "c")!r}, dtype="float32"))
 print(all((a == b).all() for a, b in zip(model.parameters(), here.parameters(), strict=True)))
+print(find_start("me/base", "main"))
 """
     online = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
@@ -217,3 +285,4 @@ print(all((a == b).all() for a, b in zip(model.parameters(), here.parameters(), 
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[0].startswith("['align', 'vqa'] ")
     assert done.stdout.splitlines()[1] == "True"
+    assert done.stdout.splitlines()[2] == f"Start(base='me/base', revision='{'c' * 40}', adapters=())"

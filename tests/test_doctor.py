@@ -20,8 +20,10 @@ from transformers import AutoConfig, Gemma3Config
 from trl import ModelConfig
 
 from data_builders.records import InputError
+from dentalgemma.available_memory import available_memory
 from dentalgemma.models.loading import fingerprint_files
-from dentalgemma.training.doctor import diagnose
+from dentalgemma.training import dry_run
+from dentalgemma.training.doctor import diagnose, gpu_label
 from dentalgemma.training.doctor_page import print_page
 from dentalgemma.training.dry_run import rehearse
 from dentalgemma.training.first_loss import check_first_loss
@@ -181,9 +183,11 @@ def adapter(tiny_model, tmp_path):
 
         folder = tmp_path / "adapter"
         model, _ = load_pretrained(tiny_model, dtype=torch.float32)
-        get_peft_model(model, adapter_config(model, ModelConfig(use_peft=True), ["language_model"])).save_pretrained(
-            folder
-        )
+        adapted = get_peft_model(model, adapter_config(model, ModelConfig(use_peft=True), ["language_model"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # which begins at zero, and would change nothing
+                torch.nn.init.normal_(parameter, std=0.01)
+        adapted.save_pretrained(folder)
         settings = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
         (folder / "run_facts.json").write_text(json.dumps({"stage": "vqa", "base_weights": weights}))
@@ -325,13 +329,11 @@ def test_a_step_of_more_rows_than_there_are_is_refused(look):
     assert any("one step takes 800 rows" in sentence for sentence in found.refusals)
 
 
-def test_a_run_that_never_evaluates_is_refused_where_the_best_step_is_wanted(look):
-    best = look(max_steps=50)
-    last = look(max_steps=50, load_best_model_at_end="false", early_stopping_patience="null")
+def test_a_run_that_is_evaluated_only_at_its_end_is_warned_of(look):
+    found = look(max_steps=50)
 
-    assert any("ends after 50 steps without being evaluated once" in sentence for sentence in best.refusals)
-    assert last.refusals == []
-    assert any("without being evaluated once" in sentence for sentence in last.warnings)
+    assert found.refusals == []
+    assert any("ends after 50 steps and is evaluated only then (eval_steps: 100)" in text for text in found.warnings)
 
 
 @pytest.mark.known_bug(19, 20)
@@ -346,6 +348,20 @@ def test_what_zero3_cannot_train_is_refused(look, tiny_gemma4, tmp_path):
         for s in look(accelerate=zero3, model_name_or_path=tiny_gemma4).refusals
     )
     assert any("20 of 40 rows" in s and "hang" in s for s in mixed.refusals)
+
+
+@pytest.mark.known_bug(19)
+def test_zero3_cannot_start_from_an_adapter(look, adapter, tiny_model):
+    folder = adapter(tiny_model)
+    sharded, whole = (
+        look(accelerate=REPOSITORY / "recipes" / "accelerate" / name, model_name_or_path=folder)
+        for name in ("zero3.yaml", "zero2.yaml")
+    )
+
+    assert any(
+        "no process has whole weights to fold an adapter into: `dentalgemma merge` it" in s for s in sharded.refusals
+    )
+    assert not any("fold an adapter" in s for s in whole.refusals)
 
 
 @pytest.mark.slow
@@ -389,6 +405,63 @@ def test_an_unknown_gpu_and_an_unknown_option_are_wrong_use(look):
         look(gpu="abacus")
     with pytest.raises(InputError, match="lerning_rate"):
         look(lerning_rate=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla P100-PCIE-16GB", "p100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A10", None),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(name, label):
+    assert gpu_label(name) == label
+
+
+def write_group(folder, limit, usage, cached, names=("memory.max", "memory.current", "inactive_file")):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+
+
+def test_available_memory_is_what_the_container_or_the_job_has_left(tmp_path):
+    own, mib = tmp_path / "cgroup", 2**20
+    own.write_text("0::/slurm/job\n")
+    whole = available_memory(tmp_path / "none", own)
+    write_group(tmp_path / "v2", "max", 3 * mib, mib)
+    unlimited = available_memory(tmp_path / "v2", own)
+    write_group(tmp_path / "v2" / "slurm", 4 * mib, 3 * mib, mib)
+    write_group(tmp_path / "v2" / "slurm" / "job", "max", 3 * mib, mib)
+    write_group(
+        tmp_path / "v1" / "memory",
+        9 * mib,
+        3 * mib,
+        2 * mib,
+        names=("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+
+    assert min(whole, unlimited) > 10 * mib
+    assert available_memory(tmp_path / "v2", own) == 2 * mib
+    assert available_memory(tmp_path / "v1", own) == 8 * mib
 
 
 def test_a_base_that_is_not_here_cannot_be_passed_offline(look):
@@ -498,6 +571,47 @@ def test_a_rehearsal_that_fails_says_why(tmp_path):
 
     assert not done["passed"]
     assert "nowhere is neither a folder here nor a dataset" in done["error"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The options of a rehearsal that is not run: it takes too long."""
+    options = {}
+
+    def run(command, timeout, **_):
+        flags = [str(part) for part in command]
+        options.update({flag: flags[place + 1] for place, flag in enumerate(flags) if flag.startswith("--")})
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(dry_run.subprocess, "run", run)
+    return options
+
+
+@pytest.mark.parametrize(
+    ("sample", "metric", "asked", "chooses"),
+    [
+        (48, "eval_tooth_accuracy", "48", "eval_tooth_accuracy"),
+        (500, "eval_tooth_accuracy", "4", "eval_loss"),
+        (48, "eval_loss", "4", "eval_loss"),
+        (0, "eval_loss", "0", "eval_loss"),
+    ],
+)
+def test_a_rehearsal_asks_enough_rows_for_what_chooses_the_best_step(started, sample, metric, asked, chooses):
+    options = options_of({"dataset_name": "data", "validation_sample": sample, "metric_for_best_model": metric})
+    done = rehearse(STAGE1, options, "gemma3")
+
+    assert (started["--validation_sample"], started["--metric_for_best_model"]) == (asked, chooses)
+    assert not done["passed"]
+    assert done["error"].startswith("4 steps did not end within 1800 seconds: rehearse with a smaller batch")
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_where_a_sampled_metric_chooses_the_best_step(vqa_dataset, tmp_path):
+    options = {"dataset_name": vqa_dataset, "output_dir": tmp_path / "real", "validation_sample": 24}
+    metric = {"metric_for_best_model": "eval_region_accuracy", "greater_is_better": "true"}  # no case in 4 rows
+    done = rehearse(STAGE1, options_of(options | metric), "gemma3")
+
+    assert done["passed"], done
 
 
 def test_a_family_without_a_small_model_cannot_be_rehearsed():

@@ -200,7 +200,7 @@ def test_a_split_that_would_be_left_empty_is_refused(splits, processor, tmp_path
 
 
 def test_a_limit_of_nothing_is_refused():
-    with pytest.raises(InputError, match="max_row_tokens: 0 would leave out every row"):
+    with pytest.raises(InputError, match="max_row_tokens: 0 must be at least 1"):
         parse_stage(REPOSITORY / "recipes" / "stage1_vqa.yaml", argv=["--max_row_tokens", "0"])
 
 

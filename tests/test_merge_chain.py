@@ -1,5 +1,6 @@
 """Chains of adapters, bases with other names and shards, and what a merge refuses."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -265,6 +266,114 @@ def test_a_run_whose_proof_failed_is_not_merged(tiny_model, tmp_path):
 
     with pytest.raises(InputError, match="run did not train what it was to train"):
         merge_adapter(run, tmp_path / "model")
+
+
+def record(adapter, **facts):
+    """Facts as a finished run leaves them beside its adapter."""
+    facts = {"proof": {"passed": True}, "adapter_sha256": sha256(adapter), **facts}
+    path = adapter / "run_facts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    return json.loads(path.read_text())
+
+
+def sha256(adapter):
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def other_adapter(base, adapter):
+    """Another adapter in the place of one, whose facts stay."""
+    write_adapter(base, adapter.parent / "other", seed=77)
+    (adapter.parent / "other" / "adapter_model.safetensors").replace(adapter / "adapter_model.safetensors")
+    shutil.rmtree(adapter.parent / "other")
+
+
+@pytest.mark.known_bug(9)
+def test_an_adapter_that_its_facts_are_not_about_is_refused(tiny_model, tmp_path):
+    """What was proven of one adapter would be said of another."""
+    run = write_adapter(tiny_model, tmp_path / "run", seed=1)
+    record(run)
+    other_adapter(tiny_model, run)
+
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is not what its run_facts.json is about"):
+        merge_adapter(run, tmp_path / "wrong")
+
+
+@pytest.mark.known_bug(9)
+def test_a_checkpoint_is_merged_without_the_proof_of_its_run_and_not_where_that_failed(tiny_model, tmp_path):
+    run = write_adapter(tiny_model, tmp_path / "run", seed=1)
+    checkpoint = write_adapter(tiny_model, run / "checkpoint-2", seed=2)
+    (checkpoint / "run_facts.json").unlink()
+    record(run)
+    certificate = merge_adapter(checkpoint, tmp_path / "model", dtype="float32")
+    (stage,) = certificate["stages"]
+
+    assert stage["from_checkpoint"]
+    assert "proof" not in stage
+    assert stage["adapter_sha256"] == sha256(checkpoint) != sha256(run)
+    assert any(warning.startswith("checkpoint-2 is a checkpoint") for warning in certificate["warnings"])
+    record(run, proof={"passed": False})
+    with pytest.raises(InputError, match="did not train what it was to train"):
+        merge_adapter(checkpoint, tmp_path / "wrong")
+
+
+@pytest.fixture
+def recorded_chain(chain, tmp_path):
+    """A run on two earlier ones that recorded what it was trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(chain, run)
+    stages = [record(run / "chain" / "1_first", chain=[])]
+    stages.append(record(run / "chain" / "2_second", chain=[dict(stages[0])]))
+    for stage in stages:
+        stage.pop("chain", None)
+    record(run, chain=stages)
+    return run
+
+
+def swapped(run, base):
+    other_adapter(base, run / "chain" / "1_first")
+
+
+def swapped_with_its_facts(run, base):
+    other_adapter(base, run / "chain" / "2_second")
+    record(run / "chain" / "2_second")
+
+
+def renamed(run, base):
+    record(run / "chain" / "2_second", stage="another")
+
+
+def left_out(run, base):
+    shutil.rmtree(run / "chain" / "1_first")
+
+
+def added(run, base):
+    record(write_adapter(base, run / "chain" / "3_third", seed=5))
+
+
+@pytest.mark.known_bug(12)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swapped, "is not what its run_facts.json is about"),
+        (swapped_with_its_facts, r"2_second \(2_second\) is not the adapter of stage 2_second that run was trained on"),
+        (renamed, r"2_second \(another\) is not the adapter of stage 2_second"),
+        (left_out, r"trained on 1 earlier adapters \(1_first\), its chain holds 0"),
+        (added, r"trained on 2 earlier adapters \(1_first, 2_second\), its chain holds 3"),
+    ],
+)
+def test_a_chain_that_the_run_was_not_trained_on_is_refused(recorded_chain, tiny_model, tmp_path, change, message):
+    change(recorded_chain, tiny_model)
+
+    with pytest.raises(InputError, match=message):
+        merge_adapter(recorded_chain, tmp_path / "model", dtype="float32")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_chain_that_agrees_with_what_was_recorded_is_merged(recorded_chain, tmp_path):
+    certificate = merge_adapter(recorded_chain, tmp_path / "model", dtype="float32")
+
+    assert [stage["proof"]["passed"] for stage in certificate["stages"]] == [True] * 3
+    assert len(certificate["warnings"]) == 1  # of the rows
 
 
 @pytest.mark.known_bug(11)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import weakref
@@ -20,7 +21,7 @@ import dentalgemma.merging as merging
 import dentalgemma.parity as parity
 from data_builders.records import InputError
 from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter, read_certificate
-from dentalgemma.models.loading import LoadError, load_pretrained
+from dentalgemma.models.loading import LoadError, fingerprint_files, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.publishing.cards import CardError, write_model_card
 
@@ -79,6 +80,7 @@ def test_the_certificate_says_what_changed(merged, tiny_model):
     assert certificate["stages"][0]["stage"] == "vqa"
     assert certificate["base_mean_logit_difference"] > 100 * certificate["mean_logit_difference"]
     assert certificate["parity_inputs"] == "a synthetic picture and prompt"
+    assert certificate["warnings"][0].endswith("name a dataset with --rows")
     assert certificate["passed"] and not certificate["failures"]
     assert certificate["rounding"]["relative_error"] < 1e-5
     assert set(certificate["rounding"]) == {"relative_error", "cosine", "unchanged_share", "survived_share"}
@@ -179,6 +181,8 @@ def test_a_checkpoint_has_the_facts_of_its_run_and_a_stray_adapter_no_card(tiny_
 
     assert (known["stages"][0]["stage"], known["stages"][0]["merged_from"]) == ("vqa", "checkpoint-2")
     assert unknown["stages"][0]["stage"] == "unrecorded"
+    assert "checkpoint-2 is a checkpoint: what its run proved is about the end of the run" in known["warnings"]
+    assert "stray: no record of what was trained: not proven" in unknown["warnings"]
     with pytest.raises(CardError, match="nothing is recorded of stray"):
         write_model_card(tmp_path / "b")
 
@@ -390,6 +394,22 @@ def test_weights_that_came_after_the_certificate_get_no_card(merged, tmp_path):
         write_model_card(tmp_path)
 
 
+@pytest.mark.known_bug(15)
+def test_a_single_number_that_changed_since_the_certificate_is_found(merged, tmp_path):
+    folder, _ = merged
+    shutil.copytree(folder, tmp_path / "model")
+    assert read_certificate(tmp_path / "model")["passed"]
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(-4001, 2)  # in the last tensor, between those of its numbers that a fingerprint samples
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+
+    assert fingerprint_files(tmp_path / "model") == fingerprint_files(folder)
+    with pytest.raises(MergeError, match="is about other weights"):
+        read_certificate(tmp_path / "model")
+
+
 def test_the_command_ends_with_1_and_leaves_the_failed_certificate(spoiled, tmp_path, monkeypatch):
     from dentalgemma.cli import app
 
@@ -423,8 +443,31 @@ def test_adapter_and_merged_model_answer_rows_of_the_dataset_alike(tiny_model, v
     certificate = merge_adapter(tmp_path / "run", tmp_path / "model", dtype="float32", rows=str(vqa_dataset))
 
     assert certificate["parity_inputs"] == "4 rows of vqa, validation"
+    assert certificate["warnings"] == []
     assert certificate["max_logit_difference"] < 1e-3 < certificate["base_max_logit_difference"]
     assert certificate["top1_agreement"] == 1
+
+
+def test_models_are_asked_on_a_gpu_where_they_fit_into_its_free_memory(monkeypatch):
+    model = torch.nn.Linear(1024, 1024)
+    needed = 1.25 * 4 * (1024 * 1024 + 1024) + 2**30
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+
+    for free, device in ((needed + 1, "cuda"), (needed - 1, "cpu")):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 2**40))
+        assert parity.computing_device(model).type == device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_of_a_model_on_a_gpu_come_back_to_the_cpu(tiny_model):
+    model, processor = load_pretrained(tiny_model, dtype=torch.float32)
+    batches, _ = parity.make_batches(processor, None)
+    here = parity.logits(model.eval(), batches)
+    there = parity.logits(model.to("cuda"), batches)
+
+    assert there[0].device.type == "cpu"
+    assert torch.allclose(here[0], there[0], atol=1e-3)
 
 
 def test_rows_without_pictures_are_joined_by_one(tiny_model, instruct_dataset):
@@ -448,10 +491,11 @@ def test_an_update_that_rounding_takes_is_warned_of_or_refused(tiny_model, tmp_p
         merge_adapter(tmp_path / "tiny_steps", tmp_path / "lost")
     certificate = merge_adapter(tmp_path / "run", tmp_path / "model")
     exact = merge_adapter(tmp_path / "run", tmp_path / "exact", dtype="float32")
+    synthetic = "adapter and merged model were compared on a synthetic picture and prompt alone"
 
     assert 0.7 < certificate["rounding"]["cosine"] < 0.9
     assert "--dtype float32" in certificate["warnings"][0]
-    assert exact["warnings"] == []
+    assert [warning.partition(":")[0] for warning in exact["warnings"]] == [synthetic]
     assert exact["rounding"]["cosine"] > 0.9999
 
 
@@ -476,7 +520,7 @@ def train(recipe, model, dataset, out, monkeypatch, *options):
     settings = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", out, "--max_steps", 4]
     settings += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, "--learning_rate", 3e-3]
     settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-    settings += ["--early_stopping_patience", 0, "--validation_sample", 0]
+    settings += ["--early_stopping_patience", "null", "--validation_sample", 0]
     settings += ["--dataloader_num_workers", 0, "--lora_r", 4, "--warmup_steps", 0, *options]
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, settings)])
     runpy.run_path(str(REPOSITORY / "recipes" / f"{recipe}.py"), run_name="__main__")

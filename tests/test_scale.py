@@ -293,7 +293,7 @@ def test_what_is_refused_would_not_end_well(tiny_model, vqa_dataset, tmp_path):
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
         "import dentalgemma.training.trainer as trainer\nimport scale_cases\n"
-        "trainer.check_rows = lambda *args, **kwargs: None\nscale_cases.main()\n"
+        "trainer.check_rows = trainer.check_pictures = lambda *args, **kwargs: None\nscale_cases.main()\n"
     )
     code, errors = torchrun(script, tmp_path / "case.json", timeout=90)
 

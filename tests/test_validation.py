@@ -20,6 +20,7 @@ from data_builders.claims import Claim, ClaimsDocument, read_claims
 from data_builders.records import InputError
 from data_builders.sources import load_vocabulary
 from dentalgemma.training.curves import Curves, draw_curves
+from dentalgemma.training.data import open_image
 from dentalgemma.training.validation import SampledValidation, choose_sample, prepare_validation, to_conversation
 from dentalgemma.training.verdicts import Case, judge_answer, measure
 
@@ -320,6 +321,43 @@ def test_an_image_stays_where_the_prompt_puts_it(validation_split):
     assert turn["content"][1]["image"].mode == "RGB"
 
 
+@pytest.mark.known_bug(7)
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("What is it?", id="a text"),
+        pytest.param([{"type": "text", "text": "What is it?"}], id="parts without a place"),
+        pytest.param([{"type": "text", "text": "This:"}, {"type": "image", "text": None}], id="parts with a place"),
+    ],
+)
+def test_a_model_is_asked_with_the_images_that_it_is_trained_with_however_a_prompt_is_written(
+    content, validation_split, processor
+):
+    from dentalgemma.evaluation.likelihood import encode
+    from dentalgemma.training.data import ChatCollator
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    row = {**validation_split[0], "prompt": turns}
+    batch = ChatCollator(processor)([row])
+    asked = encode(processor, [to_conversation(row)])
+    another = encode(processor, [to_conversation({**row, "images": validation_split[-1]["images"]})])
+
+    assert torch.equal(asked["input_ids"][0], batch["input_ids"][0][batch["labels"][0] == -100])
+    assert torch.equal(asked["pixel_values"], batch["pixel_values"])
+    assert not torch.equal(asked["pixel_values"], another["pixel_values"])
+
+
+def test_two_images_without_places_keep_their_order(validation_split):
+    images = [image for number in (0, -1) for image in validation_split[number]["images"]]
+    (turn,) = to_conversation(
+        {"images": images, "prompt": [{"role": "user", "content": [{"type": "text", "text": "Which?"}]}]}
+    )
+    shown = [part["image"].tobytes() for part in turn["content"] if part["type"] == "image"]
+
+    assert len(set(shown)) == 2
+    assert shown == [open_image(image).tobytes() for image in images]
+
+
 @pytest.fixture(scope="module", params=["tiny_model", "tiny_gemma4"])
 def tuned(request):
     """A small model of each family that talks, under an adapter, and its processor.
@@ -497,12 +535,11 @@ def test_asking_changes_nothing_in_training(run, tiny_model, vqa_dataset, tmp_pa
 
 
 def test_training_stops_early_on_a_sampled_metric(tiny_model, vqa_dataset, tmp_path):
-    """A model that does not learn is never better than at first."""
+    """A model that all but stands still is never better than at first."""
     metric = {"metric_for_best_model": "eval_exact_match", "early_stopping_patience": 1, "eval_steps": 1}
     from transformers import TrainerState
 
-    with pytest.raises(InputError, match="did not change"):
-        train(tiny_model, vqa_dataset, tmp_path, learning_rate="0", save_steps=1, **metric)
+    train(tiny_model, vqa_dataset, tmp_path, learning_rate="1e-30", save_steps=1, **metric)
     state = TrainerState.load_from_json(tmp_path / "checkpoint-2" / "trainer_state.json")
 
     assert state.best_global_step == 1

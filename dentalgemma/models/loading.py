@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
 from trl import ModelConfig
 
 from data_builders.records import InputError
-from dentalgemma.adapters import Adapter, read_adapter
+from dentalgemma.adapters import Adapter, check_numbers, read_adapter
 from dentalgemma.models.processors import load_processor
 from dentalgemma.weight_files import open_model
 
@@ -34,6 +37,10 @@ CHAIN = "chain"
 CHAIN_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "run_facts.json")
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "chain/**")
 GATED = "accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
+ADAPTER_UNDER_ZERO3 = (
+    "under ZeRO-3 no process has whole weights to fold an adapter into: `dentalgemma merge` it and start from the "
+    "merged model, or use recipes/accelerate/zero2.yaml"
+)
 SAMPLED = 64  # values of each tensor that go into a fingerprint
 
 
@@ -42,7 +49,10 @@ class LoadError(InputError):
 
 
 class Start(NamedTuple):
-    """What a stage starts from: a base (Hub id or folder), and the adapters to fold into it, the earliest first."""
+    """What a stage starts from: a base (Hub id or folder), and the adapters to fold into it, the earliest first.
+
+    `revision` is the commit of a base on the Hub, None for a folder.
+    """
 
     base: str
     revision: str | None
@@ -58,43 +68,75 @@ def find_start(name: str | Path, revision: str | None = None) -> Start:
     name = str(name)
     folder = _adapter_folder(name, revision)
     if folder is None:
-        return Start(name, revision, ())
+        return Start(name, commit_of(name, revision), ())
     config = PeftConfig.from_pretrained(str(folder))
     if config.base_model_name_or_path is None:
         raise LoadError(f"{name} is an adapter that does not say which base it adapts (base_model_name_or_path)")
-    return Start(str(config.base_model_name_or_path), config.revision, (*earlier_adapters(folder), folder))
+    base = str(config.base_model_name_or_path)
+    return Start(base, commit_of(base, config.revision), (*earlier_adapters(folder), folder))
 
 
-def earlier_adapters(run: Path) -> tuple[Path, ...]:
-    """The adapters that a run was started on, the earliest first; a checkpoint's are those of the run around it."""
-    for folder in (run, run.parent):
-        if (folder / CHAIN).is_dir():
-            return tuple(sorted((folder / CHAIN).iterdir(), key=lambda path: int(path.name.partition("_")[0])))
-    return ()
+@lru_cache(maxsize=16)
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the Hub stands for, asked once; None for a folder.
+
+    transformers 5 no longer notes it in the configuration. Where it cannot be found out, the revision stays as it is.
+    """
+    if Path(name).is_dir():
+        return None
+    resolved = resolve_revision(name, revision)
+    return getattr(resolved, "resolved", None) or revision
+
+
+def run_around(adapter: Path) -> Path:
+    """The run folder of an adapter: around a checkpoint, else the adapter's own."""
+    return adapter.parent if re.fullmatch(r"checkpoint-\d+", adapter.name) else adapter
+
+
+def earlier_adapters(adapter: Path) -> tuple[Path, ...]:
+    """The adapters that a run was started on, the earliest first.
+
+    Raises:
+        LoadError: when its chain holds anything else.
+    """
+    chain = run_around(adapter) / CHAIN
+    folders = list(chain.iterdir()) if chain.is_dir() else []
+    for folder in folders:
+        if not re.match(r"\d+_", folder.name) or not (folder / ADAPTER_CONFIG).is_file():
+            raise LoadError(f"{folder} is no adapter: {chain} must hold those of the earlier stages and nothing else")
+    return tuple(sorted(folders, key=lambda path: int(path.name.partition("_")[0])))
 
 
 def keep_chain(start: Start, run: Path) -> None:
-    """Copy the adapters that a run starts from into its folder.
-
-    Raises:
-        LoadError: when the run would be written over one of them.
-    """
-    if any(adapter.resolve() in (run.resolve(), *run.resolve().parents) for adapter in start.adapters):
-        raise LoadError(f"output_dir: {run} is the adapter that the run starts from; choose another folder")
-    shutil.rmtree(run / CHAIN, ignore_errors=True)
+    """Copy the adapters that a run starts from into its folder, in place of what was there."""
+    unfinished = run / f".{CHAIN}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
     for number, adapter in enumerate(start.adapters, start=1):
-        folder = run / CHAIN / f"{number}_{stage_name(adapter)}"
+        folder = unfinished / f"{number}_{stage_name(adapter)}"
         folder.mkdir(parents=True)
         for name in CHAIN_FILES:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
+    shutil.rmtree(run / CHAIN, ignore_errors=True)
+    if start.adapters:
+        unfinished.rename(run / CHAIN)
+
+
+def check_output(start: Start, run: Path) -> None:
+    """Refuse to write a run over the adapter it starts from.
+
+    Raises:
+        LoadError: naming both.
+    """
+    run = run.resolve()
+    for adapter in (path.resolve() for path in start.adapters):
+        if adapter.is_relative_to(run) or run.is_relative_to(adapter):
+            raise LoadError(f"output_dir: {run.name} holds the adapter that the run starts from; choose another folder")
 
 
 def stage_name(adapter: Path) -> str:
     """What the run behind an adapter called its stage, `stage` where that was not recorded."""
-    facts = adapter / "run_facts.json"
-    name = json.loads(facts.read_text(encoding="utf-8")).get("stage") if facts.is_file() else None
-    return re.sub(r"\W+", "_", name or "") or "stage"
+    return re.sub(r"\W+", "_", _facts(adapter).get("stage") or "") or "stage"
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -108,6 +150,9 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     if config.model_name_or_path is None:
         raise LoadError("no model given: set --model_name_or_path to a Hub id or a folder")
     start = find_start(config.model_name_or_path, config.model_revision)
+    if start.adapters and is_deepspeed_zero3_enabled():
+        raise LoadError(ADAPTER_UNDER_ZERO3)
+    check_sound(start)
     quantization = quantization_config(config)
     if quantization is not None and start.adapters:
         raise LoadError(
@@ -182,10 +227,46 @@ def fold_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> None:
         weight.copy_(summed)
 
 
+def check_sound(start: Start) -> None:
+    """Refuse to build on what is known to be wrong: a failed merge, a failed proof, an adapter of another base.
+
+    Raises:
+        LoadError: naming the folder.
+    """
+    certificate = Path(start.base) / "merge_certificate.json"
+    if certificate.is_file() and json.loads(certificate.read_text(encoding="utf-8")).get("passed") is False:
+        raise LoadError(f"{start.base} is a merge whose certificate failed; merge again, or start from the adapter")
+    for adapter in start.adapters:
+        if _facts(adapter).get("proof", {}).get("passed") is False:
+            raise LoadError(
+                f"{adapter} did not train what it was told to (proof in its run_facts.json); train it again"
+            )
+        if not check_numbers(read_adapter(adapter)):
+            raise LoadError(f"{adapter} changes no weight; did it train?")
+    recorded = {adapter: _facts(adapter).get("base_weights") for adapter in start.adapters}
+    if not any(recorded.values()):
+        return
+    present = fingerprint_files(weights_folder(start.base, start.revision))
+    for adapter, weights in recorded.items():
+        if weights not in (None, present):
+            raise LoadError(
+                f"{adapter} is an adapter of another base: it was trained on weights {weights}, {start.base} holds "
+                f"{present}"
+            )
+
+
+def _facts(adapter: Path) -> dict:
+    path = run_around(adapter) / "run_facts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _check_fit(adapter: Adapter, weights: dict[str, torch.nn.Parameter]) -> None:
     for name in (*adapter.factors, *adapter.replaced):
         if name not in weights:
-            raise LoadError(f"{adapter.folder} is an adapter of another base: it adapts {name}, which this one lacks")
+            raise LoadError(
+                f"{adapter.folder} is an adapter of another base: it adapts {name}, which this one lacks; if it only "
+                "has older names, `dentalgemma merge` it and start from the merged model"
+            )
         if name in adapter.factors:
             a, b = (adapter.file.tensors[key].shape for key in adapter.factors[name])
             shape = (b[0], a[1])

@@ -46,7 +46,6 @@ def adapter_config(model: nn.Module, model_config: ModelConfig, trains: Sequence
         patterns.append(LANGUAGE_MODEL_LAYERS)
     if "vision_tower" in trains:
         patterns.append(_tower_layers(model))
-    config.revision = getattr(model.config, "_commit_hash", None)  # of the base, on the Hub
     config.target_modules = "|".join(patterns) or NO_LAYERS
     if "aligner" in trains:
         config.modules_to_save = _aligner_modules(model)
@@ -106,7 +105,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in _own_parameters(model):
         entry = counts.setdefault(part_of(name), {"parameters": 0, "trainable": 0})
-        number = parameter.numel()
+        number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a share of it here
         if type(parameter).__name__ == "Params4bit":
             number *= 2  # two to a byte
         entry["parameters"] += number

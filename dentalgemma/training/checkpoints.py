@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
@@ -37,7 +37,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data_builders.records import InputError
-from dentalgemma.training.proof import START
+from dentalgemma.training.proof import START, local_shard
 
 if TYPE_CHECKING:
     from dentalgemma.training.trainer import StageTrainer
@@ -325,6 +325,26 @@ def prepare_resume(trainer: StageTrainer, wanted: str | bool | None) -> Resume:
     return first_process(trainer.accelerator, look)
 
 
+def check_shared(run: Path, accelerator: Accelerator) -> None:
+    """Make sure before training that all processes write into one folder.
+
+    Raises:
+        CheckpointError: on machines that do not share it, where no checkpoint could ever be complete.
+    """
+    probe = run / ".shared"
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = all(gather_object([probe.is_file()]))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        probe.unlink(missing_ok=True)
+    if not seen:
+        error = CheckpointError(f"output_dir: {run} must be one folder for all processes and machines")
+        raise _once(error, accelerator)
+
+
 def first_process(accelerator: Accelerator, look: Callable[[], Any]) -> Any:
     """What `look` finds in the first process, in all; its errors too, of which only the first one is printed."""
     found: list[Any] = [None, None]
@@ -375,7 +395,7 @@ def hash_frozen(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not parameter.is_meta:
-            values = parameter.detach().reshape(-1)
+            values = local_shard(parameter).detach().reshape(-1)
             sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
@@ -384,19 +404,37 @@ def hash_frozen(model: nn.Module) -> str:
 def hash_rows(rows: Dataset) -> str:
     """A hash of texts and images, in order: the same rows in another folder count as the same data.
 
-    Images count by `image_id`, the hash of their pixels; in a dataset without it by their sizes in bytes.
+    Images count by `image_id`, the hash of their pixels; those of rows without it, as rows of another dataset that are
+    mixed in, by their sizes in bytes.
     """
     digest = hashlib.sha256()
     texts = [name for name in ("row_id", "image_id", "prompt", "completion") if name in rows.column_names]
     for batch in rows.select_columns(texts).with_format("arrow").iter(1000):
         digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
-    if "images" in rows.column_names and "image_id" not in rows.column_names:
-        for batch in rows.select_columns("images").with_format("arrow").iter(64):
-            pictures = pc.list_flatten(batch["images"].combine_chunks())
-            sizes = pc.binary_length(pc.struct_field(pictures, "bytes")).to_pylist()
-            counts = pc.list_value_length(batch["images"]).to_pylist()
-            digest.update(json.dumps([counts, sizes]).encode())
+    named = rows.data.column("image_id") if "image_id" in rows.column_names else None
+    if "images" in rows.column_names and (named is None or named.null_count):
+        sizes = _picture_sizes(rows)
+        for number in range(len(sizes)) if rows._indices is None else rows._indices.column(0).to_pylist():
+            if named is None or not named[number].is_valid:
+                digest.update(json.dumps(sizes[number]).encode())
     return digest.hexdigest()
+
+
+def _picture_sizes(rows: Dataset) -> list[list[int | str | None]]:
+    """Bytes of each picture of each stored row, or the name of its file; the offsets tell, no picture is read."""
+    sizes: list[list[int | str | None]] = []
+    for chunk in rows.data.column("images").chunks:
+        pictures = chunk.flatten()
+        lengths = pc.binary_length(pictures.field("bytes")).to_pylist()
+        paths = pictures.field("path") if None in lengths else ()
+        for number, length in enumerate(lengths):
+            if length is None:
+                lengths[number] = Path(paths[number].as_py() or "").name
+        start = 0
+        for count in pc.fill_null(pc.list_value_length(chunk), 0).to_pylist():
+            sizes.append(lengths[start : start + count])
+            start += count
+    return sizes
 
 
 def check_adapter_keys(folder: Path, model: nn.Module) -> None:
@@ -632,7 +670,9 @@ def resume_command() -> str:
     kept = [
         word for before, word in zip(["", *words], words, strict=False) if not word.startswith(flag) and before != flag
     ]
-    return f"{shlex.join([sys.argv[0], *kept])} {RESUME}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"the same command, its launcher included, and {RESUME}"
+    return f"{shlex.join(['python', sys.argv[0], *kept])} {RESUME}"
 
 
 def ignore_signals(start: Callable[[int], object] | None, worker: int) -> None:

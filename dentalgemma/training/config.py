@@ -10,11 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from data_builders.records import InputError
 from dentalgemma.training.checkpoints import NEWEST, SCRATCH, is_disk_full
+from dentalgemma.training.limits import check_values
 from dentalgemma.training.precision import check_precision, gpu_capability
+from dentalgemma.training.sharding import shards_weights
 
 CPU_DEFAULTS = ("--use_cpu", "true", "--bf16", "false", "--dtype", "float32")
 
@@ -53,7 +56,7 @@ def parse_stage(default_config: Path, argv: list[str] | None = None) -> tuple[St
         InputError: on an unknown option or a value that would waste the run.
     """
     stage, training, model_config = read_stage(default_config, argv)
-    check_stage(stage, training)
+    check_stage(stage, training, model_config)
     check_precision(training, model_config, gpu_capability(training))
     return stage, training, model_config
 
@@ -76,9 +79,14 @@ def read_stage(
     elif not torch.accelerator.is_available():
         argv = [*CPU_DEFAULTS, *argv]
     try:
-        return TrlParser((StageConfig, SFTConfig, ModelConfig)).parse_args_and_config(argv)
-    except ValueError as error:
+        stage, training, model_config = TrlParser((StageConfig, SFTConfig, ModelConfig)).parse_args_and_config(argv)
+    except yaml.YAMLError as error:
+        raise InputError(f"the configuration is no YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, ZeroDivisionError) as error:
         raise InputError(str(error)) from error
+    if len(stage.trains) == 1 and stage.trains[0].startswith("["):
+        stage.trains = yaml.safe_load(stage.trains[0])  # on the command line as the YAML has it
+    return stage, training, model_config
 
 
 @contextmanager
@@ -92,32 +100,44 @@ def plain_errors() -> Iterator[None]:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not is_disk_full(error):
+            print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
         if not is_disk_full(error):
             raise
         print(f"{Path(sys.argv[0]).name}: no space left: {error}; the checkpoints are as they were", file=sys.stderr)
         sys.exit(1)
 
 
-def check_stage(stage: StageConfig, training: SFTConfig) -> None:
+def check_stage(stage: StageConfig, training: SFTConfig, model_config: ModelConfig) -> None:
+    """Refuse what would waste a run, and set what our rows need.
+
+    Raises:
+        InputError: naming the option, its value and the remedy.
+    """
     if stage.dataset_name is None:
         raise InputError("no dataset given: set --dataset_name to a folder or a Hub id")
     _check_checkpoints(training)
     if training.max_length is not None:
         raise InputError(f"max_length: {training.max_length} would cut image tokens or answers; set `max_length: null`")
-    if stage.max_row_tokens is not None and stage.max_row_tokens < 1:
-        raise InputError(f"max_row_tokens: {stage.max_row_tokens} would leave out every row")
+    check_values(stage, training, model_config)
     _check_mixture(stage)
     stage.mix_seed = training.seed if stage.mix_seed is None else stage.mix_seed
     reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if training.gradient_checkpointing and reentrant and set(stage.trains) & {"vision_tower", "aligner"}:
         # Pictures carry no gradient into the tower, so a reentrant checkpoint would give its adapters none either.
         raise InputError("gradient_checkpointing_kwargs: tower and aligner learn only with use_reentrant: false")
+    sees = set(stage.trains) != {"language_model"}
+    if sees and training.gradient_checkpointing and shards_weights(training) == "ZeRO-3":
+        # TRL 1.16 turns reentrant checkpointing on for adapters under ZeRO-3, whatever was asked for.
+        raise InputError("under ZeRO-3 tower and aligner learn only with gradient_checkpointing: false; or use ZeRO-2")
     for tracker in {"tensorboard", "trackio", "wandb"}.intersection(training.report_to):
         if find_spec(tracker) is None:
             raise InputError(f"report_to: {tracker} is not installed: `pip install {tracker}`, or `report_to: none`")
     # Our collator takes whole rows and does all the preparation itself.
     training.remove_unused_columns = False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    training.logging_nan_inf_filter = False  # transformers would log a loss that is no number as 0
 
 
 def _check_checkpoints(training: SFTConfig) -> None:

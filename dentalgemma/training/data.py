@@ -77,6 +77,8 @@ def _load(name: str, config: str | None = None) -> DatasetDict:
     try:
         return load_dataset(name, name=config)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: which of its configurations?
+        if "corresponds to no data" in str(error):
+            raise DatasetError(f"{name}: a split of it has no rows: {error}") from error
         raise DatasetError(f"{name} is neither a folder here nor a dataset that the Hub would give: {error}") from error
 
 
@@ -153,13 +155,9 @@ class ChatCollator:
         Raises:
             DatasetError: when the template refuses the row, or its places for images are more or fewer than its images.
         """
-        prompt, completion = _messages(row["prompt"]), _messages(row["completion"])
+        prompt, completion = place_images(row["prompt"], image_count), _messages(row["completion"])
         if not prompt:
             raise DatasetError(f"{name_row(row)}: its prompt is empty")
-        if image_count and not any(part["type"] == "image" for message in prompt for part in message["content"]):
-            first_user = next((message for message in prompt if message["role"] == "user"), None)
-            if first_user is not None:
-                first_user["content"][:0] = [{"type": "image"}] * image_count
         try:
             start = self.processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
             whole = self.processor.apply_chat_template([*prompt, *completion], tokenize=False)
@@ -193,6 +191,19 @@ class ChatCollator:
             self.token_types: (input_ids == self.image_token_id).long(),
             "labels": labels,
         }
+
+
+def place_images(messages: Sequence[Mapping], image_count: int) -> list[dict]:
+    """Copies of a row's messages, in parts, its images where they say; where none does, before the first user's words.
+
+    In training and in asking alike: a model that is asked without its image would be judged on guesses.
+    """
+    placed = _messages(messages)
+    if image_count and not any(part["type"] == "image" for message in placed for part in message["content"]):
+        first_user = next((message for message in placed if message["role"] == "user"), None)
+        if first_user is not None:
+            first_user["content"][:0] = [{"type": "image"} for _ in range(image_count)]
+    return placed
 
 
 def _messages(messages: Sequence[Mapping]) -> list[dict]:

@@ -6,14 +6,14 @@ could not be looked at from here is said too: silence never means that all is we
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,12 +28,13 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, SFTConfig
 
 from data_builders.records import InputError
+from dentalgemma.available_memory import available_memory
 from dentalgemma.models.loading import (
     GATED,
     Start,
+    check_sound,
     explain,
     find_start,
-    fingerprint_files,
     load_model,
     load_processor,
 )
@@ -67,7 +68,7 @@ from dentalgemma.training.memory import (
     what_would_fit,
 )
 from dentalgemma.training.precision import check_precision, gpu_capability
-from dentalgemma.training.sharding import check_architecture, check_rows
+from dentalgemma.training.sharding import check_architecture, check_rows, check_start
 
 # What Gemma builds its attention mask from: image tokens see each other. Without it the logits change without an error.
 TOKEN_TYPES = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
@@ -76,6 +77,7 @@ SHOWN = 2  # rows whose prompt is printed
 LOSS_ROWS = 4
 TIGHT = 0.85  # of the GPU's memory: the estimate is good to about 15 %
 SPARE = 2 * GIB  # disk space to leave free
+VARIANTS = {"ti", "super", "laptop", "mobile", "d", "mig"}  # words in the name of another GPU, or of a part of one
 WEIGHTS = ("*.safetensors", "*.json")
 
 
@@ -185,7 +187,7 @@ def _diagnose(
         "sharing": case.sharding.kind,
     }
     with found.refusing():
-        check_stage(stage, training)
+        check_stage(stage, training, model_config)
     training.max_length = None  # said once; what follows looks at whole rows
     stage.mix_seed = training.seed if stage.mix_seed is None else stage.mix_seed
     with found.refusing():
@@ -205,12 +207,29 @@ def _find_gpu(name: str | None) -> Gpu | None:
         if not torch.cuda.is_available():
             return None
         properties = torch.cuda.get_device_properties(0)
-        known = next((gpu for label, gpu in GPUS.items() if label in properties.name.lower()), None)
-        tflops = known.tflops if known else 0
+        label = gpu_label(properties.name)
+        tflops = GPUS[label].tflops if label else 0
         return Gpu(properties.total_memory / GIB, (properties.major, properties.minor), tflops)
-    if name.lower() not in GPUS:
+    label = name.lower() if name.lower() in GPUS else gpu_label(name)
+    if label is None:
         raise InputError(f"--gpu {name}: choose one of {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    return GPUS[label]
+
+
+def gpu_label(name: str) -> str | None:
+    """A GPU of the table by what its driver calls it: "Tesla V100-SXM2-32GB", "NVIDIA GeForce RTX 3090".
+
+    None for a kind that is not in it, also where only its name is like one: an L40 is no L4, an RTX 3090 Ti no 3090.
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    if VARIANTS & set(words):
+        return None
+    words += [first + second for first, second in pairwise(words)]
+    for label in sorted(GPUS, key=len, reverse=True):
+        kind, _, memory = label.partition("-")
+        if kind in words and (not memory or f"{memory}gb" in words):
+            return label
+    return None
 
 
 def _this_device() -> str:
@@ -261,6 +280,11 @@ def _find_model(case: Case, found: Diagnosis) -> None:
         found.refuse(explain(base, error))
     except ValueError as error:  # a model_type that this version of transformers does not know, or no processor
         found.refuse(f"{base}: {str(error).splitlines()[0]}")
+    with found.refusing():
+        check_start(case.start, _shared(case))
+    if case.architecture is not None:
+        with found.refusing():
+            check_architecture(case.architecture, _shared(case))
     if case.processor is not None and (lacking := _lacking_mark(case.processor, case.architecture)):
         found.refuse(
             f"the processor ({type(case.processor).__name__}) gives no {lacking}: {case.architecture.model_type} would "
@@ -325,14 +349,15 @@ def _check_pictures(case: Case, found: Diagnosis) -> None:
     with found.refusing():
         check_pictures(rows, case.stage.trains, case.stage.dataset_name)
     if case.sharding.kind in {"zero3", "fsdp"}:
-        plugin = SimpleNamespace(zero_stage=3) if case.sharding.kind == "zero3" else None
-        shared = SimpleNamespace(deepspeed_plugin=plugin, fsdp=plugin is None, world_size=case.sharding.gpus)
         for split in dict.fromkeys((case.stage.dataset_train_split, case.stage.dataset_test_split)):
             with found.refusing():
-                check_rows(case.dataset[split], shared, split=split, trains=case.stage.trains)
-        if case.architecture is not None:
-            with found.refusing():
-                check_architecture(case.architecture, shared)
+                check_rows(case.dataset[split], _shared(case), split=split, trains=case.stage.trains)
+
+
+def _shared(case: Case) -> SimpleNamespace:
+    """As much of a run's arguments as says how it cuts up the weights."""
+    plugin = SimpleNamespace(zero_stage=3) if case.sharding.kind == "zero3" else None
+    return SimpleNamespace(deepspeed_plugin=plugin, fsdp=case.sharding.kind == "fsdp", world_size=case.sharding.gpus)
 
 
 def _check_lengths(case: Case, found: Diagnosis) -> None:
@@ -453,11 +478,10 @@ def _check_steps(case: Case, found: Diagnosis, throughput: float | None) -> None
     for option, what, strategy, interval in intervals:
         if strategy != "steps" or interval is None or interval <= steps:
             continue
-        sentence = f"the run ends after {steps} steps without being {what} once ({option}_steps: {interval:g})"
-        if training.load_best_model_at_end:
-            found.refuse(f"{sentence}, so that there is no best step: lower {option}_steps")
-        else:
-            found.warnings.append(sentence)
+        found.warnings.append(
+            f"the run ends after {steps} steps and is {what} only then ({option}_steps: {interval:g}): lower it, or "
+            "there is no choice among steps"
+        )
     if training.eval_strategy == "no":
         found.warnings.append("eval_strategy: no: nothing will show overfitting, and no best step can be kept")
     if throughput:
@@ -480,7 +504,7 @@ def _check_parts_and_memory(case: Case, found: Diagnosis, throughput: float | No
     with found.refusing():
         model = build_on_meta(case.architecture, case.model_config, case.stage.trains, case.start.adapters)
     with found.refusing():
-        _check_fingerprints(case)
+        _check_start(case)
     if model is None:
         return
     found.facts["parts"] = count_parameters(model)
@@ -520,7 +544,7 @@ def _estimate(case: Case, batch: Batch, checkpointing: bool, model_config: Model
 def _available(case: Case) -> int:
     if case.gpu is not None:
         return int(case.gpu.gib * GIB)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available_memory()
 
 
 def _check_fit(case: Case, found: Diagnosis, memory: Memory) -> None:
@@ -540,19 +564,10 @@ def _check_fit(case: Case, found: Diagnosis, memory: Memory) -> None:
     found.refuse(f"{needed}: no batch size, checkpointing or 4-bit loading would fit; take a larger GPU or zero3/fsdp2")
 
 
-def _check_fingerprints(case: Case) -> None:
-    """The base must be the one that earlier adapters were trained on, not another under the same name."""
-    if not case.start.adapters or not Path(case.start.base).is_dir():
-        return
-    here = fingerprint_files(Path(case.start.base))
-    for adapter in case.start.adapters:
-        facts = adapter / "run_facts.json"
-        trained_on = json.loads(facts.read_text(encoding="utf-8")).get("base_weights") if facts.is_file() else None
-        if trained_on not in (None, here):
-            raise InputError(
-                f"{case.model_config.model_name_or_path} is an adapter of another base: it was trained on weights "
-                f"{trained_on}, {case.start.base} holds {here}"
-            )
+def _check_start(case: Case) -> None:
+    """What the run starts from must be sound, and its adapters of this very base."""
+    if Path(case.start.base).is_dir():
+        check_sound(case.start)
 
 
 def _check_disk(case: Case, found: Diagnosis) -> None:
@@ -660,4 +675,4 @@ def first_loss(case: Case) -> float:
 def _free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return available_memory()

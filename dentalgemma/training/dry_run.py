@@ -14,10 +14,14 @@ from tempfile import TemporaryDirectory
 from data_builders.records import InputError
 from dentalgemma.models.tiny import FAMILIES, make_tiny_model
 from dentalgemma.quickstart import recipes_folder
+from dentalgemma.training.config import read_stage
 from dentalgemma.training.doctor import Diagnosis
 
 STEPS = 4
 SECONDS = 1800
+ASKED = 4  # validation rows
+ASKED_AT_MOST = 64  # where one of their metrics chooses the best step, and fewer might have no case of it
+BY_LOSS = ("loss", "mean_token_accuracy")  # measured without asking
 SHORTER = {
     "max_steps": STEPS,
     "eval_strategy": "steps",
@@ -26,7 +30,6 @@ SHORTER = {
     "save_steps": STEPS // 2,
     "logging_steps": 1,
     "gradient_accumulation_steps": 1,
-    "validation_sample": 4,
     "dataloader_num_workers": 0,
     "warmup_steps": 0,
     "optim": "adamw_torch",
@@ -50,23 +53,28 @@ def rehearse(config: Path, overrides: Sequence[str], family: str) -> dict:
     Nothing is left behind.
 
     Raises:
-        InputError: for a family without a small model.
+        InputError: for a family without a small model, or a configuration that cannot be read.
     """
     if family not in FAMILIES:
         raise InputError(f"--rehearse: there is no small model of the family {family!r}, only {', '.join(FAMILIES)}")
+    asking = _asked(config, overrides)
     with TemporaryDirectory(prefix="rehearsal-") as folder:
         model, run = Path(folder) / "model", Path(folder) / "run"
         make_tiny_model(model, family=family)
-        settings = {"model_name_or_path": model, "output_dir": run, **SHORTER}
+        settings = {"model_name_or_path": model, "output_dir": run, **SHORTER, **asking}
         options = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, str(_recipe_of(config)), "--config", str(config), *overrides, *options],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, str(_recipe_of(config)), "--config", str(config), *overrides, *options],
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
+            )
+        except subprocess.TimeoutExpired:
+            error = f"{STEPS} steps did not end within {SECONDS} seconds: rehearse with a smaller batch or fewer rows"
+            return {"passed": False, "seconds": SECONDS, "error": error}
         seconds = time.monotonic() - started
         if done.returncode != 0 or not (run / "run_facts.json").is_file():
             return {"passed": False, "seconds": seconds, "error": _last_words(done.stderr, folder)}
@@ -80,6 +88,20 @@ def rehearse(config: Path, overrides: Sequence[str], family: str) -> dict:
             "validation_losses": [entry["loss"] for entry in facts["losses"]["validation"]],
             "proof": proof,
         }
+
+
+def _asked(config: Path, overrides: Sequence[str]) -> dict[str, object]:
+    """How many validation rows are asked: a few, or the user's own sample where it measures what chooses the best step.
+
+    A sample too large for a CPU is cut, and the loss chooses instead.
+    """
+    stage, training, _ = read_stage(config, ["--config", str(config), *overrides], elsewhere=True)
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric in BY_LOSS or not stage.validation_sample:
+        return {"validation_sample": min(ASKED, stage.validation_sample)}
+    if stage.validation_sample <= ASKED_AT_MOST:
+        return {"validation_sample": stage.validation_sample}
+    return {"validation_sample": ASKED, "metric_for_best_model": "eval_loss", "greater_is_better": "false"}
 
 
 def add_rehearsal(found: Diagnosis, config: Path, overrides: Sequence[str]) -> None:

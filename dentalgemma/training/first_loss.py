@@ -44,8 +44,17 @@ def check_first_loss(loss: float, architecture: PretrainedConfig) -> str | None:
     )
 
 
+class DivergedError(InputError):
+    """A run whose loss or gradients are no numbers any more."""
+
+    exit_code = 1
+
+
 class FirstLoss(TrainerCallback):
-    """Applies `check_first_loss` to the first loss that a run logs; a run that is resumed has had its first."""
+    """Applies `check_first_loss` to the first loss that a run logs, and stops a run that diverges later.
+
+    A run that is resumed has had its first.
+    """
 
     def __init__(self, architecture: PretrainedConfig) -> None:
         self.architecture = architecture
@@ -64,8 +73,17 @@ class FirstLoss(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: object,
     ) -> None:
-        if self.seen or "loss" not in (logs or {}):
-            return
+        logs = logs or {}
+        if not self.seen and "loss" in logs:
+            self._look_at_first(float(logs["loss"]))
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in logs and not math.isfinite(float(logs[name])):
+                raise DivergedError(
+                    f"{name} is {logs[name]} at step {state.global_step}: the run diverged; lower learning_rate, or "
+                    "go on from an earlier checkpoint with other settings"
+                )
+
+    def _look_at_first(self, loss: float) -> None:
         self.seen = True
-        if warning := check_first_loss(float(logs["loss"]), self.architecture):
+        if warning := check_first_loss(loss, self.architecture):
             warnings.warn(warning, stacklevel=2)

@@ -61,7 +61,7 @@ class TrainingProof(TrainerCallback):
         """Look at those gradients that were never seen yet; after a few steps none are left to look at."""
         for name, parameter in self.model.named_parameters():
             unseen = parameter.requires_grad and name not in self.had_gradient and parameter.grad is not None
-            if unseen and bool(_local(parameter.grad).any()):
+            if unseen and bool(local_shard(parameter.grad).any()):
                 self.had_gradient.add(name)
         # Sharded, a process may hold no part of a tensor; and a part may wait for its first image.
         if state.global_step == EARLY and not _is_sharded(args):
@@ -98,6 +98,7 @@ class TrainingProof(TrainerCallback):
             "without_gradient": sorted(without - waiting),
             "unchanged": sorted(trainable - changed - waiting),
             "frozen_changed": sorted(changed - trainable),
+            "not_finite": sorted(_union({name for name in trainable if not self._is_finite(name)})),
         }
         self.path.unlink(missing_ok=True)
         return {
@@ -108,6 +109,9 @@ class TrainingProof(TrainerCallback):
             "gradients_seen": args.deepspeed_plugin is None,
             **wrong,
         }
+
+    def _is_finite(self, name: str) -> bool:
+        return bool(local_shard(self.model.get_parameter(name)).isfinite().all())
 
     def _trainable(self) -> set[str]:
         return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -127,6 +131,7 @@ def explain(proof: dict) -> str:
         "without_gradient": "trainable tensors never had a gradient",
         "unchanged": "trainable tensors did not change",
         "frozen_changed": "frozen tensors changed",
+        "not_finite": "trained tensors hold what is no number",
     }
     found = [f"{len(proof[kind])} {what}, for example {proof[kind][0]}" for kind, what in words.items() if proof[kind]]
     return "this run did not train what it was told to: " + ("; ".join(found) or "nothing was trainable")
@@ -135,13 +140,13 @@ def explain(proof: dict) -> str:
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes, or of this process's shard of it."""
     digest = hashlib.sha256()
-    flat = _local(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = local_shard(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), HASHED_AT_ONCE):
         digest.update(flat[start : start + HASHED_AT_ONCE].cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This process's shard under FSDP2 (`to_local`) or ZeRO-3 (`ds_tensor`), else the tensor itself."""
     if hasattr(tensor, "to_local"):
         return tensor.to_local()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -15,7 +16,7 @@ from trl import ModelConfig
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
 from dentalgemma import __version__
-from dentalgemma.models.loading import fingerprint_files, weights_folder
+from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
@@ -64,7 +65,7 @@ def _write(
         "base_model": without_folder(start.base),
         "base_is_local": Path(start.base).is_dir(),
         "base_is_rehearsal": getattr(trainer.model.config, "rehearsal", False),
-        "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "base_revision": start.revision,
         "base_weights": fingerprint_files(weights_folder(start.base, start.revision)),
         "chain": [_without_chain(facts_of(adapter)) for adapter in start.adapters],
         "dataset": without_folder(stage.dataset_name),
@@ -78,6 +79,7 @@ def _write(
         ],
         "parts": trainer.parts,
         "proof": proof,
+        "adapter_sha256": _hash_adapter(Path(args.output_dir)),
         "lora": {"r": model_config.lora_r, "alpha": model_config.lora_alpha, "dropout": model_config.lora_dropout},
         "dtype": model_config.dtype,
         "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
@@ -101,7 +103,22 @@ def _write(
 
 def without_folder(value: str | None) -> str | None:
     """A path of this machine as its last part, a Hub id or any other value as it is: facts end up in public cards."""
-    return Path(value).name if value and (Path(value).is_absolute() or Path(value).exists()) else value
+    if not value:
+        return value
+    name, equals, rest = value.partition("=")
+    if equals and name.startswith("--"):
+        return f"{name}={without_folder(rest)}"
+    # A Hub id has one slash; whatever begins like a path, or has more of them, is one.
+    is_path = value.startswith(("/", "~", ".")) or value.count("/") > 1 or "\\" in value
+    return Path(value).name if is_path or Path(value).exists() else value
+
+
+def _hash_adapter(run: Path) -> str | None:
+    path = run / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _data_sources(dataset: str | None) -> list[dict]:
@@ -130,10 +147,8 @@ def facts_of(adapter: Path) -> dict:
 
     A stage without facts is kept as unrecorded, and has no card.
     """
-    for folder in (adapter, adapter.parent):
-        if (folder / FILE_NAME).is_file():
-            return read_run_facts(folder)
-    return {"stage": UNRECORDED}
+    folder = run_around(adapter)
+    return read_run_facts(folder) if (folder / FILE_NAME).is_file() else {"stage": UNRECORDED}
 
 
 def _without_chain(facts: dict) -> dict:

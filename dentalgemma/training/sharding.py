@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from trl import SFTConfig
 
 from data_builders.records import InputError
+from dentalgemma.models.loading import ADAPTER_UNDER_ZERO3, Start
 from dentalgemma.training.data import count_without_images
 
 INSTEAD = "use recipes/accelerate/zero2.yaml or multi_gpu.yaml"
@@ -33,6 +34,16 @@ def check_architecture(architecture: PretrainedConfig, training: SFTConfig) -> N
     """
     if shards_weights(training) == "ZeRO-3" and architecture.model_type.startswith("gemma4"):
         raise InputError(f"ZeRO-3 loads Gemma 4's buffers wrong (the loss would begin near 30): {INSTEAD}")
+
+
+def check_start(start: Start, training: SFTConfig) -> None:
+    """Refuse to start from an adapter where no process has whole weights.
+
+    Raises:
+        InputError: naming what would work.
+    """
+    if start.adapters and shards_weights(training) == "ZeRO-3":
+        raise InputError(ADAPTER_UNDER_ZERO3)
 
 
 def check_rows(rows: Dataset, training: SFTConfig, *, split: str, trains: Sequence[str]) -> None:

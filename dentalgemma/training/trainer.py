@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data_builders.records import InputError
-from dentalgemma.models.loading import find_start, keep_chain
+from dentalgemma.models.loading import check_output, find_start, keep_chain
 from dentalgemma.models.parts import adapter_config, check_trainable, part_of, parts_table
 from dentalgemma.training import checkpoints
 from dentalgemma.training.config import StageConfig
@@ -48,6 +48,10 @@ class StageTrainer(SFTTrainer):
         dataset = self.rows.dataset
         self.validation = prepare_validation(stage, training, dataset[stage.dataset_test_split], processor)
         patience = stage.early_stopping_patience
+        self.start = find_start(model_config.model_name_or_path, model_config.model_revision)
+        check_output(self.start, Path(training.output_dir))
+        config = adapter_config(model, model_config, stage.trains)
+        config.revision = self.start.revision
         check_architecture(model.config, training)
         check_attention(model.config, model_config.attn_implementation)
         for split in (stage.dataset_train_split, stage.dataset_test_split):
@@ -59,18 +63,16 @@ class StageTrainer(SFTTrainer):
             eval_dataset=dataset[stage.dataset_test_split],
             processing_class=processor,
             data_collator=ChatCollator(processor),
-            peft_config=adapter_config(model, model_config, stage.trains),
+            peft_config=config,
             callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)] if patience else None,
         )
         wrap_decoder_layers(self.accelerator, self.model)
         # Gemma 4 says False, and transformers would average batches of unequal length; TRL's loss scales by itself.
         self.model_accepts_loss_kwargs = True
         _keep_full_precision(self.model, training)
-        self.start = find_start(model_config.model_name_or_path, model_config.model_revision)
         self.parts = check_trainable(self.model, stage.trains)
         check_pictures(dataset[stage.dataset_train_split], stage.trains, stage.dataset_name)
         if self.is_world_process_zero():
-            keep_chain(self.start, Path(training.output_dir))
             Console(stderr=True).print(parts_table(self.parts))
         self.proof = TrainingProof(self.model, training)
         self.add_callback(self.proof)
@@ -90,6 +92,11 @@ class StageTrainer(SFTTrainer):
         """
         self.resume = checkpoints.prepare_resume(self, resume_from_checkpoint)
         self.started, self.seconds_before = time.monotonic(), 0.0
+        if self.is_world_process_zero():
+            keep_chain(self.start, Path(self.args.output_dir))
+            # What an earlier run in this folder recorded is not about what will be written now.
+            (Path(self.args.output_dir) / "run_facts.json").unlink(missing_ok=True)
+        checkpoints.check_shared(Path(self.args.output_dir), self.accelerator)
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # `_save_checkpoint` rotates
         self.checkpoints_kept = keep
         try:

@@ -27,7 +27,7 @@ from data_builders.sources import load_vocabulary
 from dentalgemma.evaluation.generation import write_answers
 from dentalgemma.training.checkpoints import RESUME, DiskFullError, is_disk_full
 from dentalgemma.training.config import StageConfig
-from dentalgemma.training.data import DatasetError, open_image
+from dentalgemma.training.data import DatasetError, open_images, place_images
 from dentalgemma.training.verdicts import LOWER_IS_BETTER, Case, Judgement, judge_answer, measure
 
 if TYPE_CHECKING:
@@ -254,18 +254,12 @@ def choose_sample(rows: Dataset, *, size: int, seed: int) -> list[int]:
 
 
 def to_conversation(row: Mapping) -> list[dict]:
-    """A row's prompt with its images where it says, else before the first user's words, as the collator puts them."""
-    images = [{"type": "image", "image": open_image(image)} for image in row.get("images") or []]
-    conversation = []
-    for message in row["prompt"]:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-            if message["role"] == "user":
-                content, images = [*images, *content], []
-        else:
-            content = [images.pop(0) if part["type"] == "image" else part for part in content]
-        conversation.append({**message, "content": content})
+    """A row's prompt with its images where the collator puts them, which has checked that there is a place for each."""
+    images = open_images(row)
+    conversation = place_images(row["prompt"], len(images))
+    places = [part for message in conversation for part in message["content"] if part["type"] == "image"]
+    for place, image in zip(places, images, strict=True):
+        place["image"] = image
     return conversation
 
 

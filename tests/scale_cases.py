@@ -16,7 +16,7 @@ from accelerate import DistributedType, PartialState
 from datasets import DatasetDict
 
 from dentalgemma.models.loading import load_model
-from dentalgemma.training.config import parse_stage
+from dentalgemma.training.config import leave_process_group, parse_stage
 from dentalgemma.training.data import load_splits
 from dentalgemma.training.trainer import StageTrainer
 
@@ -113,6 +113,7 @@ def main() -> None:
         results.append(run_case(case))
     rank = os.environ.get("RANK", "0")
     Path(sys.argv[1]).with_suffix(f".{rank}.json").write_text(json.dumps(results))
+    leave_process_group()
 
 
 if __name__ == "__main__":

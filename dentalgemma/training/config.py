@@ -94,6 +94,7 @@ def plain_errors() -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2; anything else keeps its traceback."""
     try:
         yield
+        leave_process_group()
     except InputError as error:
         # Where all processes stop for the same reason, the first one says so.
         if not getattr(error, "said_elsewhere", False):
@@ -107,6 +108,12 @@ def plain_errors() -> Iterator[None]:
             raise
         print(f"{Path(sys.argv[0]).name}: no space left: {error}; the checkpoints are as they were", file=sys.stderr)
         sys.exit(1)
+
+
+def leave_process_group() -> None:
+    """Take leave of the other processes; threads of gloo that still run at exit now and then abort a finished run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_stage(stage: StageConfig, training: SFTConfig, model_config: ModelConfig) -> None:

@@ -8,7 +8,6 @@ card and is not pushed.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import shutil
@@ -25,7 +24,7 @@ from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint
 from dentalgemma.models.processors import load_processor
 from dentalgemma.parity import SYNTHETIC, Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
 from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of, without_folder
-from dentalgemma.weight_files import open_model
+from dentalgemma.weight_files import hash_file, open_model
 
 CERTIFICATE = "merge_certificate.json"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -249,10 +248,10 @@ def _lineage(folder: Path, adapters: Sequence[Path], name: str) -> tuple[list[di
             doubts.append(f"{adapter.name}: no record of what was trained: not proven")
         elif run_around(adapter) != adapter:
             doubts.append(f"{adapter.name} is a checkpoint: what its run proved is about the end of the run")
-            facts |= {"from_checkpoint": True, "adapter_sha256": _hash_adapter(adapter)}
+            facts |= {"from_checkpoint": True, "adapter_sha256": hash_file(adapter / WEIGHTS)}
             if (facts.get("proof") or {}).get("passed") is not False:
                 facts.pop("proof", None)
-        elif facts.get("adapter_sha256") not in (None, _hash_adapter(adapter)):
+        elif facts.get("adapter_sha256") not in (None, hash_file(adapter / WEIGHTS)):
             raise InputError(f"{adapter}: {WEIGHTS} is not what its {FILE_NAME} is about; take both from one run")
         stages.append(facts)
     return stages, doubts
@@ -272,7 +271,7 @@ def _check_chain(run: Path, recorded: Sequence[dict], adapters: Sequence[Path]) 
     for stage, adapter in zip(recorded, adapters, strict=True):
         here = facts_of(adapter)["stage"]
         same_name = here in (UNRECORDED, stage.get("stage"))
-        same_weights = here == UNRECORDED or stage.get("adapter_sha256") in (None, _hash_adapter(adapter))
+        same_weights = here == UNRECORDED or stage.get("adapter_sha256") in (None, hash_file(adapter / WEIGHTS))
         if not (same_name and same_weights):
             raise InputError(
                 f"{adapter} ({here}) is not the adapter of stage {stage.get('stage')} that {run.name} was trained on: "
@@ -280,18 +279,9 @@ def _check_chain(run: Path, recorded: Sequence[dict], adapters: Sequence[Path]) 
             )
 
 
-def _hash_adapter(adapter: Path) -> str:
-    return _hash_file(adapter / WEIGHTS)
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_weights(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file of a model folder, and of their index; about a second for each gigabyte."""
-    return {path.name: _hash_file(path) for path in sorted(folder.glob("*.safetensors*"))}
+    return {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors*"))}
 
 
 def _rows_at_hand(stages: Sequence[dict]) -> str | None:

@@ -38,6 +38,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from data_builders.records import InputError
 from dentalgemma.training.proof import START, local_shard
+from dentalgemma.weight_files import hash_file
 
 if TYPE_CHECKING:
     from dentalgemma.training.trainer import StageTrainer
@@ -147,9 +148,8 @@ def find_fault(folder: Path, *, hashes: bool = True) -> str | None:
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
     for name, expected in files.items() if hashes else ():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} has changed since it was written"
+        if hash_file(folder / name) != expected["sha256"]:
+            return f"{name} has changed since it was written"
     return None
 
 

@@ -156,7 +156,7 @@ def _check_checkpoints(training: SFTConfig) -> None:
     if training.save_only_model:
         raise InputError("save_only_model: a checkpoint without optimizer state cannot be resumed; leave it out")
     if training.push_to_hub or training.hub_token:
-        raise InputError("push_to_hub and hub_token: a recipe uploads nothing; `dentalgemma push` publishes")
+        raise InputError("push_to_hub and hub_token: a recipe uploads nothing; leave them out")
 
 
 def _check_mixture(stage: StageConfig) -> None:

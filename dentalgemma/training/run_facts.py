@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -16,10 +15,12 @@ from trl import ModelConfig
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
 from dentalgemma import __version__
+from dentalgemma.adapters import WEIGHTS
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
+from dentalgemma.weight_files import hash_file
 
 FILE_NAME = "run_facts.json"
 UNRECORDED = "unrecorded"
@@ -79,7 +80,7 @@ def _write(
         ],
         "parts": trainer.parts,
         "proof": proof,
-        "adapter_sha256": _hash_adapter(Path(args.output_dir)),
+        "adapter_sha256": _hash_adapter(Path(args.output_dir) / WEIGHTS),
         "lora": {"r": model_config.lora_r, "alpha": model_config.lora_alpha, "dropout": model_config.lora_dropout},
         "dtype": model_config.dtype,
         "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
@@ -113,12 +114,8 @@ def without_folder(value: str | None) -> str | None:
     return Path(value).name if is_path or Path(value).exists() else value
 
 
-def _hash_adapter(run: Path) -> str | None:
-    path = run / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_adapter(path: Path) -> str | None:
+    return hash_file(path) if path.is_file() else None
 
 
 def _data_sources(dataset: str | None) -> list[dict]:

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from contenders import peak_memory
 from PIL import Image
+from report import make_report, write_report
 
 import data_builders.audit as audit
 import data_builders.vqa as builder
@@ -127,7 +125,8 @@ def main() -> None:
     parser.add_argument("--per-image", type=int, default=4, help="questions drawn for each image, before balancing")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true", help="print JSON for another program")
+    parser.add_argument("--out", type=Path, help="where to write all figures as JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "set"
@@ -137,14 +136,31 @@ def main() -> None:
         floors["decode with Pillow"] = measure_floor(paths, _decode, asked.workers)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             built = pool.submit(measure_build, folder, asked.workers).result()
-    print_result(built, floors)
-    if asked.out:
-        machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        machine |= {package: version(package) for package in ("pillow", "pyarrow", "datasets")}
-        settings = {key: value for key, value in vars(asked).items() if key != "out"}
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"settings": settings, "built": built, "floors": floors, "machine": machine}
-        asked.out.write_text(json.dumps(document, indent=2) + "\n")
+    if not asked.json:
+        print_result(built, floors)
+    results = {
+        "settings": {key: value for key, value in vars(asked).items() if key not in ("out", "json")},
+        "built": built,
+        "floors": floors,
+    }
+    report = make_report(
+        "build_dataset",
+        results,
+        measures="where the time of `dentalgemma build` goes",
+        headline=describe(results),
+        packages=("pillow", "pyarrow", "datasets"),
+    )
+    write_report(report, out=asked.out, as_json=asked.json)
+
+
+def describe(results: Mapping[str, Mapping]) -> str:
+    """The figures in a line."""
+    built = results["built"]
+    return (
+        f"{built['rows']:,} rows on {built['images']:,} images ({built['image_mb']:,.0f} MB) in {built['total']:.0f} s "
+        f"with {results['settings']['workers']} workers, at most {built['peak_mb']:,.0f} MB of memory; decoding the "
+        f"images alone takes {results['floors']['decode with Pillow']:.1f} s"
+    )
 
 
 def print_result(built: dict, floors: dict[str, float]) -> None:

@@ -11,77 +11,27 @@ model, for trying this script out on a CPU, where there is no memory of a GPU to
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from architectures import write_gemma3_4b
+from report import make_report, write_report
 
 from data_builders.instruct import build_instruct
 from data_builders.phantom_formats import write_phantoms
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
 from dentalgemma.merging import merge_adapter
-from dentalgemma.models.processors import load_processor
 from dentalgemma.models.tiny import make_tiny_model
 from dentalgemma.quickstart import recipes_folder
 from dentalgemma.training.doctor import diagnose
-from dentalgemma.training.run_facts import describe_environment, read_run_facts
+from dentalgemma.training.run_facts import read_run_facts
 
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 ALLOWED = 0.15  # of the peak
-TEXT = {
-    "vocab_size": 262_208,
-    "hidden_size": 2560,
-    "intermediate_size": 10_240,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "sliding_window": 1024,
-    "max_position_embeddings": 131_072,
-}
-VISION = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 896,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-
-
-def write_base(folder: Path, size: str) -> None:
-    """The small model, or one of the true architecture around its tokenizer."""
-    make_tiny_model(folder)
-    if size == "small":
-        return
-    processor = load_processor(folder)
-    tokenizer = processor.tokenizer
-    config = Gemma3Config(
-        text_config=TEXT,
-        vision_config=VISION,
-        mm_tokens_per_image=256,
-        boi_token_index=tokenizer.boi_token_id,
-        eoi_token_index=tokenizer.eoi_token_id,
-        image_token_index=tokenizer.image_token_id,
-    )
-    config.rehearsal = True
-    generation = Gemma3ForConditionalGeneration.from_pretrained(folder).generation_config
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Gemma3ForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=1152**-0.5)
-    model.generation_config = generation
-    model.save_pretrained(folder)
-    processor.image_processor.size = {"height": 896, "width": 896}
-    processor.image_seq_length = 256
-    processor.save_pretrained(folder)
 
 
 def write_data(folder: Path) -> None:
@@ -97,6 +47,7 @@ def run_stage(recipe: str, start: Path, data: Path, out: Path, steps: int) -> di
         "--model_name_or_path": start,
         "--dataset_name": data,
         "--output_dir": out,
+        "--feature_cache": out.parent / "features",  # not among the user's own
         "--max_steps": steps,
         "--eval_steps": steps,
         "--save_steps": steps,
@@ -124,18 +75,30 @@ def compare(stage: dict) -> float | None:
     return None if peak is None else (stage["estimated_peak"] - peak) / peak
 
 
+def describe(results: dict) -> str:
+    """The figures in a line."""
+    certificate = "passed" if results["certificate"]["passed"] else "failed"
+    parts = [f"the merge {certificate}"]
+    for name, difference in results["estimate_against_peak"].items():
+        parts.append(
+            f"{name} estimated {difference:+.0%} from its peak" if difference is not None else f"{name} trains"
+        )
+    return ", ".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("4b", "small"), default="4b")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="where the JSON goes; else it is printed")
+    parser.add_argument("--json", action="store_true", help="print JSON for another program")
+    parser.add_argument("--out", type=Path, help="where to write all figures as JSON")
     parser.add_argument("--folder", type=Path, help="where models and runs are written; else a temporary folder")
     settings = parser.parse_args()
     if settings.size == "4b" and not torch.cuda.is_available():
         parser.error("no GPU here; --size small tries the script out on a CPU")
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.folder or Path(temporary)
-        write_base(folder / "base", settings.size)
+        (write_gemma3_4b if settings.size == "4b" else make_tiny_model)(folder / "base")
         write_data(folder)
         stages = {
             "stage1_vqa": run_stage("stage1_vqa", folder / "base", folder / "vqa", folder / "1", settings.steps),
@@ -146,20 +109,21 @@ def main() -> None:
         certificate = merge_adapter(folder / "2", folder / "merged", rows=str(folder / "vqa"))
     kept = ("passed", "tensors", "changed_tensors", "rounding", "top1_agreement", "reloaded_top1_agreement")
     differences = {name: compare(stage) for name, stage in stages.items()}
-    result = {
-        "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
+    results = {
         "size": settings.size,
-        "environment": describe_environment(),
         "estimate_against_peak": differences,
         "stages": stages,
         "certificate": {key: certificate[key] for key in kept},
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if settings.out:
-        settings.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    report = make_report(
+        "gpu_check",
+        results,
+        measures="peak memory of both stages against the doctor's estimate, merge and reload",
+        headline=describe(results),
+        packages=PACKAGES,
+        hardware=f"one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "",
+    )
+    write_report(report, out=settings.out, as_json=settings.json)
     if any(difference is not None and abs(difference) > ALLOWED for difference in differences.values()):
         sys.exit(f"the estimate is more than {ALLOWED:.0%} from the peak: {differences}")
 

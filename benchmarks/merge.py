@@ -10,19 +10,16 @@ everything imported; what it takes beyond that is measured (peak of resident mem
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from report import make_report, write_report
 from safetensors.torch import save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
@@ -122,7 +119,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--folder", type=Path, help="where the model is written; a temporary folder otherwise")
     parser.add_argument("--json", action="store_true", help="print JSON for another program")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="where to write all figures as JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
@@ -131,7 +128,7 @@ def main() -> None:
         measure(write_adapter, model, adapter)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
         folded, loaded = measure(fold_model, model, adapter, folder / "out"), measure(load_model, model)
-    found = {
+    results = {
         "model_mb": size,
         "fold_mb": folded["mb"],
         "fold_seconds": folded["seconds"],
@@ -139,17 +136,23 @@ def main() -> None:
         "load_seconds": loaded["seconds"],
         "ratio": folded["mb"] / loaded["mb"],
     }
-    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    found["machine"] = machine | {package: version(package) for package in ("torch", "transformers", "peft")}
-    if asked.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(f"a model of {size:,.0f} MB with an adapter of rank {RANK}")
-        print(f"  fold and inspect   {folded['mb']:8,.0f} MB {folded['seconds']:8.1f} s")
-        print(f"  load it whole      {loaded['mb']:8,.0f} MB {loaded['seconds']:8.1f} s    ratio {found['ratio']:.2f}")
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+    report = make_report(
+        "merge",
+        results,
+        measures="memory and time of folding an adapter, beside loading the model whole",
+        headline=describe(results),
+        packages=("torch", "transformers", "peft"),
+    )
+    write_report(report, out=asked.out, as_json=asked.json)
+
+
+def describe(results: Mapping[str, float]) -> str:
+    """The figures in a line."""
+    return (
+        f"a model of {results['model_mb']:,.0f} MB: folding and inspecting takes {results['fold_mb']:,.0f} MB and "
+        f"{results['fold_seconds']:.1f} s, loading it whole {results['load_mb']:,.0f} MB and "
+        f"{results['load_seconds']:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
+from report import make_report, write_report
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +49,7 @@ REMARKS = {
 }
 ANNOTATION_HEADER = ["layout", "reader", "annotations", "seconds", "of them sizes", "× floor", "MB", "× floor"]
 SIZE_HEADER = ["images", "read by", "ms each"]
+PACKAGES = ("numpy", "pillow", "pydantic", "shapely")
 LIMIT_SIZE_MS = 0.1
 LONGEST = 1800  # seconds
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.5, help="times the floor that `--check` allows")
     parser.add_argument("--memory-limit", type=float, default=2.0, help="times the memory of json.load that it allows")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a limit is not kept")
+    parser.add_argument("--json", action="store_true", help="print JSON for another program")
     parser.add_argument("--out", type=Path, help="where to write all figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,16 +74,39 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, cwd=CONTENDERS.parent)
         figures = run_all(Path(folder) / "set", options)
     broken = find_broken_limits(figures, options.limit, options.memory_limit)
-    setting = describe_setting(options)
-    setting["versions"] |= peer_versions(figures)
-    report = {"setting": setting, "figures": figures, "limits_not_kept": broken}
+    results = {
+        "settings": {"images": options.images, "objects": options.objects, "repeat": options.repeat},
+        "remarks": REMARKS,
+        "figures": figures,
+        "limits_not_kept": broken,
+    }
+    report = make_report(
+        "read_annotations",
+        results,
+        measures="reading and checking annotations in eight layouts, beside a bare loop over them and other libraries",
+        headline=describe(results),
+        packages=PACKAGES,
+    )
+    report["versions"] |= peer_versions(figures)
+    if not options.json:
+        print_tables(figures)
+    write_report(report, out=options.out, as_json=options.json)
     if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
         write_markdown(options.out.with_suffix(".md"), report)
-    print_tables(figures)
     for line in broken:
-        print(line)
+        print(line, file=sys.stderr)
     sys.exit(1 if options.check and broken else 0)
+
+
+def describe(results: Mapping) -> str:
+    """The figures in a line."""
+    figures, settings = results["figures"], results["settings"]
+    ratios = [annotation_ratio(figures[layout]) for layout in PEERS]
+    seconds = [figures[layout]["ours"]["cpu_seconds"] for layout in PEERS]
+    return (
+        f"{settings['objects']:,} annotations of {settings['images']:,} images in {min(seconds):.1f} to "
+        f"{max(seconds):.1f} s of processor time, {min(ratios):.1f} to {max(ratios):.1f} times the floor"
+    )
 
 
 def run_all(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, dict]]:
@@ -145,31 +170,10 @@ def find_broken_limits(figures: dict[str, dict[str, dict]], limit: float, memory
     return broken
 
 
-def describe_setting(options: argparse.Namespace) -> dict:
-    packages = ("numpy", "pillow", "pydantic", "shapely")
-    return {
-        "images": options.images,
-        "objects": options.objects,
-        "repeat": options.repeat,
-        "cpu": find_cpu_name(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-        "remarks": REMARKS,
-    }
-
-
 def peer_versions(figures: dict[str, dict[str, dict]]) -> dict[str, str]:
     return {
         name: facts["version"] for layout in figures.values() for name, facts in layout.items() if "version" in facts
     }
-
-
-def find_cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def annotation_rows(figures: dict[str, dict[str, dict]]) -> list[list[str]]:
@@ -216,18 +220,19 @@ def print_tables(figures: dict[str, dict[str, dict]]) -> None:
 
 
 def write_markdown(path: Path, report: dict) -> None:
-    setting, figures = report["setting"], report["figures"]
-    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    results, settings = report["results"], report["results"]["settings"]
+    figures = results["figures"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        f"{setting['images']:,} images, {setting['objects']:,} annotations; medians of {setting['repeat']} readings, "
-        f"of other libraries one. {setting['cpu']}, Python {setting['python']}, {versions}. Seconds of the processor; "
-        "`× floor` leaves out the time for the sizes of images.",
+        f"{settings['images']:,} images, {settings['objects']:,} annotations; medians of {settings['repeat']} readings,"
+        f" of other libraries one. {report['hardware']}, {versions}. Seconds of the processor; `× floor` leaves out the"
+        " time for the sizes of images.",
         "",
     ]
     for header, rows in ((ANNOTATION_HEADER, annotation_rows(figures)), (SIZE_HEADER, size_rows(figures))):
         lines += ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]] + [""]
-    lines += [f"- {name}: {remark}" for name, remark in setting["remarks"].items()]
-    lines += ["", "Limits that are not kept:", ""] + [f"- {line}" for line in report["limits_not_kept"] or ["none"]]
+    lines += [f"- {name}: {remark}" for name, remark in results["remarks"].items()]
+    lines += ["", "Limits that are not kept:", ""] + [f"- {line}" for line in results["limits_not_kept"] or ["none"]]
     path.write_text("\n".join(lines) + "\n")
 
 

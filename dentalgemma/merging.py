@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from transformers import ProcessorMixin
 
 from data_builders.records import InputError
 from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
 from dentalgemma.folding import COSINE_WARNING, check_space, fold, inspect_fold, plan_updates
 from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint_files, run_around, weights_folder
-from dentalgemma.models.processors import load_processor
+from dentalgemma.models.processors import load_processor, take_image_fit, write_image_fit
 from dentalgemma.parity import SYNTHETIC, Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
 from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of, without_folder
 from dentalgemma.weight_files import hash_file, open_model
@@ -148,8 +149,10 @@ def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dt
     files = open_model(folder)
     updates = plan_updates(folder, files, adapters)
     check_space(files, dtype, out)
-    batches, described = make_batches(load_processor(folder), rows)
-    _copy_settings(folder, out, dtype)
+    processor = load_processor(folder)
+    take_image_fit(processor, adapters[-1].folder)
+    batches, described = make_batches(processor, rows)
+    _copy_settings(folder, out, dtype, processor)
     fold(files, updates, out, dtype)
     facts, failures = inspect_fold(files, updates, out, dtype)
     facts["parity_inputs"] = described
@@ -291,8 +294,11 @@ def _rows_at_hand(stages: Sequence[dict]) -> str | None:
     return next((str(place) for place in places if (place / "build_report.json").is_file()), None)
 
 
-def _copy_settings(folder: Path, out: Path, dtype: torch.dtype) -> None:
-    """Configuration, processor, tokenizer and chat template as the base has them, but for the type of the weights."""
+def _copy_settings(folder: Path, out: Path, dtype: torch.dtype, processor: ProcessorMixin) -> None:
+    """Configuration, processor, tokenizer and chat template as the base has them.
+
+    But for the type of the weights, and for how `processor` fits pictures to the tower.
+    """
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
@@ -303,16 +309,16 @@ def _copy_settings(folder: Path, out: Path, dtype: torch.dtype) -> None:
                 part[name] = _plain(dtype)
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not (out / PREPROCESSOR).is_file():
-        _write_preprocessor_config(folder, out / PREPROCESSOR)
+        _write_preprocessor_config(processor, out / PREPROCESSOR)
+    write_image_fit(processor, out)
 
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_preprocessor_config(folder: Path, path: Path) -> None:
+def _write_preprocessor_config(processor: ProcessorMixin, path: Path) -> None:
     """What transformers 4 wrote beside a model, and servers built on it read: transformers 5 writes it no more."""
-    processor = load_processor(folder)
     settings = processor.image_processor.to_dict()
     kind = type(processor.image_processor).__name__
     settings["image_processor_type"] = kind.removesuffix("Pil").removesuffix("Fast")

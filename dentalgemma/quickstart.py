@@ -37,12 +37,27 @@ COMMON = {
     "--per_device_train_batch_size": 32,
     "--gradient_accumulation_steps": 1,
     "--per_device_eval_batch_size": 64,
+    "--memory": "fixed",
     "--gradient_checkpointing": "false",
     "--dataloader_num_workers": 0,
     "--logging_steps": 20,
 }
-STAGE1 = {"--learning_rate": 3e-3, "--max_steps": 700, "--eval_steps": 175, "--save_steps": 175, "--lora_dropout": 0}
-STAGE2 = {"--learning_rate": 5e-4, "--max_steps": 150, "--eval_steps": 50, "--save_steps": 50, "--lora_dropout": 0}
+STAGE1 = {
+    "--learning_rate": 3e-3,
+    "--max_steps": 700,
+    "--eval_steps": 175,
+    "--save_steps": 175,
+    "--lora_dropout": 0,
+    "--pack_questions": 4,
+}
+STAGE2 = {
+    "--learning_rate": 5e-4,
+    "--max_steps": 150,
+    "--eval_steps": 50,
+    "--save_steps": 50,
+    "--lora_dropout": 0,
+    "--pack_texts": "false",  # 32 short texts end to end cost more attention than their padding
+}
 
 console = Console(stderr=True)
 
@@ -164,6 +179,7 @@ def train_stage(
                 "--model_name_or_path": run.folder / start,
                 "--dataset_name": run.folder / "data" / dataset,
                 "--output_dir": adapter,
+                "--feature_cache": run.folder / "features",
                 "--seed": run.seed,
                 **COMMON,
                 **options,

@@ -87,7 +87,7 @@ def train(*args, resume=None, callbacks=(), **options):
 
 def entries(log_history):
     """Log entries without times and without the summary of the last call."""
-    timed = ("runtime", "per_second", "total_flos")
+    timed = ("runtime", "per_second", "total_flos", "data_wait")
     return [
         {key: value for key, value in entry.items() if not any(word in key for word in timed)}
         for entry in log_history

@@ -7,12 +7,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import atexit
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+
+# Features of one test's pictures are good for the next one's, but not to stay on anybody's disk.
+os.environ["DENTALGEMMA_CACHE"] = tempfile.mkdtemp(prefix="dentalgemma-")
+atexit.register(shutil.rmtree, os.environ["DENTALGEMMA_CACHE"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).parents[1]
 THIRD_PARTY = REPOSITORY.parent / "shared" / "data"
@@ -93,6 +99,7 @@ def make_trainer(vqa_dataset):
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "warmup_steps": 0,
+        "memory": "fixed",
         "gradient_checkpointing": "false",
         "dataloader_num_workers": 0,
         "eval_strategy": "no",

@@ -38,6 +38,8 @@ FIXED = {
     "lora_r": 4,
     "max_grad_norm": 1e9,
     "dataloader_num_workers": 0,
+    "memory": "fixed",
+    "pack_questions": 1,  # which questions come together depends on the batch of a process
 }
 # What `accelerate launch --config_file recipes/accelerate/fsdp2.yaml` puts into the environment; a test compares.
 FSDP2 = {
@@ -83,14 +85,15 @@ def run_case(case: dict) -> dict:
         dataset=dataset,
     )
     with_images = []
-    collate = trainer.data_collator
+    trainer.encode()
+    collate = trainer.packing_collator
 
     def watch(rows):
         batch = collate(rows)
-        with_images.append("pixel_values" in batch)
+        with_images.append("image_features" in batch or "pixel_values" in batch)
         return batch
 
-    trainer.data_collator = watch
+    trainer.packing_collator = watch
     trainer.train()
     trainer.save_model()
     return {

@@ -39,6 +39,8 @@ def gradients(model, dataset, out, *, division, scales_by_tokens=True):
         "load_best_model_at_end": "false",
         "early_stopping_patience": 0,
         "dataloader_num_workers": 0,
+        "memory": "fixed",
+        "pack_questions": 1,
     }
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     stage, training, model_config = parse_stage(REPOSITORY / "recipes" / "stage1_vqa.yaml", argv=argv)

@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from data_builders.chat import answer_messages, prompt_messages
 from dentalgemma.models.loading import load_pretrained
 from dentalgemma.models.processors import load_processor
+from dentalgemma.training.batches import split_rows
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.data import IGNORED, ChatCollator, DatasetError, check_batch, load_splits, open_image
 
@@ -434,3 +435,110 @@ def test_a_dataset_without_answers_is_refused(tmp_path, vqa_dataset):
 def load_rows_as_trl_does(rows):
     image = Image()
     return [{**row, "images": [image.decode_example(picture) for picture in row["images"]]} for row in rows]
+
+
+class Shelf:
+    """Features that a collator may read, of pictures that need not exist."""
+
+    def __init__(self, tokens, width=8):
+        self.features = {
+            name: torch.full((count, width), float(number)) for number, (name, count) in enumerate(tokens.items())
+        }
+
+    def tokens(self, name):
+        return len(self.features[name])
+
+    def read(self, names):
+        return torch.cat([self.features[name] for name in names])
+
+
+def name_pictures(rows):
+    """The rows with names for their pictures, equal where the pictures are."""
+    names = {}
+    return [
+        {**row, "pictures": [names.setdefault(image["bytes"], f"p{len(names)}") for image in row.get("images") or []]}
+        for row in rows
+    ]
+
+
+def shelf_of(rows, processor):
+    collator = ChatCollator(processor)
+    tokens = {}
+    for row in rows:
+        if row["pictures"]:
+            ids = collator([row])["input_ids"][0]
+            tokens[row["pictures"][0]] = int((ids == processor.tokenizer.image_token_id).sum())
+    return Shelf(tokens)
+
+
+@pytest.fixture
+def questions(vqa_dataset):
+    """Two images with three questions each, and one with one."""
+    dataset = load_dataset(str(vqa_dataset), split="train").cast_column("images", List(Image(decode=False)))
+    by_image = {}
+    for number, image_id in enumerate(dataset["image_id"]):
+        by_image.setdefault(image_id, []).append(number)
+    first, second, third = [numbers for numbers in by_image.values() if len(numbers) >= 3][:3]
+    chosen = [first[0], second[0], first[1], third[0], second[1], first[2], second[2]]
+    return name_pictures([dataset[number] for number in chosen])
+
+
+def test_with_features_a_batch_has_the_same_tokens_and_no_picture_is_opened(questions, text_rows, processor):
+    rows = [*questions, *({**row, "pictures": []} for row in text_rows)]
+    live = ChatCollator(processor)(rows)
+    unopened = [{**row, "images": None} for row in rows]
+    cached = ChatCollator(processor, shelf_of(questions, processor))(unopened)
+
+    assert set(live) - set(cached) == {"pixel_values"} | ({"image_position_ids"} & set(live))
+    for key in set(live) & set(cached):
+        assert torch.equal(cached[key], live[key]), key
+    assert len(cached["image_features"]) == (live["input_ids"] == processor.tokenizer.image_token_id).sum()
+
+
+def test_features_of_another_number_of_tokens_stop_the_batch(questions, processor):
+    shelf = shelf_of(questions, processor)
+    collator = ChatCollator(processor, shelf)
+    collator(questions)
+    shelf.read = lambda names: Shelf.read(shelf, names)[:-1]
+
+    with pytest.raises(DatasetError, match="image tokens"):
+        collator(questions)
+
+
+def test_questions_of_an_image_share_its_tokens_and_come_apart_unchanged(questions, processor):
+    separate = split_rows(ChatCollator(processor)(questions))
+    live = ChatCollator(processor, pack_questions=4)(questions)
+    packed = ChatCollator(processor, shelf_of(questions, processor), pack_questions=4)(questions)
+    order = [0, 2, 5, 1, 4, 6, 3]
+
+    assert len(packed["input_ids"]) == len(live["pixel_values"]) == 3
+    assert split_rows(packed) == [trim(separate[number]) for number in order]
+    assert packed["image_features"][:, 0].unique_consecutive().tolist() == [0, 1, 2]
+    assert packed["attention_mask"].sum() < 0.8 * sum(len(ids) for ids, _ in separate)
+    whole = ChatCollator(processor)(questions)
+    assert torch.equal(live["pixel_values"], whole["pixel_values"][[0, 1, 3]])
+
+
+def trim(row):
+    ids, labels = row
+    return ids, labels[: len(ids)]
+
+
+def test_a_damaged_question_of_a_sequence_is_named(questions, processor):
+    collator = ChatCollator(processor, pack_questions=4)
+    broken = [dict(row) for row in questions]
+    broken[4] = {**broken[4], "row_id": "broken", "completion": answer_messages("")}
+
+    with pytest.raises(DatasetError, match="row broken: its answer is empty"):
+        collator(broken)
+
+
+def test_texts_lie_end_to_end_and_images_never_do(text_rows, questions, processor, turn_end):
+    separate = split_rows(ChatCollator(processor)(text_rows))
+    collator = ChatCollator(processor, pack_texts=True)
+    batch = collator(text_rows)
+
+    assert batch["input_ids"].shape == (1, sum(len(ids) for ids, _ in separate))
+    assert "attention_mask" not in batch
+    assert split_rows(batch) == [trim(row) for row in separate]
+    assert "attention_mask" in collator([text_rows[0], questions[0]])

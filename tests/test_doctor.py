@@ -310,16 +310,64 @@ def test_no_disk_space_is_refused(look):
     """A checkpoint of the small model at every one of a thousand million steps fits on no disk."""
     found = look(max_steps=10**9, eval_steps=1, save_steps=1, save_total_limit=10**9)
 
-    assert any(s.startswith("no disk space: checkpoints and merged model take about") for s in found.refusals)
+    assert any(s.startswith("no disk space: checkpoints, merged model and features take about") for s in found.refusals)
 
 
 def test_what_does_not_fit_is_refused_and_what_would_fit_is_named(look):
-    found = look(gpu="l4", per_device_train_batch_size=40000)
+    options = {"memory": "fixed", "pack_questions": 1, "gradient_accumulation_steps": 4}
+    found = look(gpu="l4", per_device_train_batch_size=40000, **options)
 
     assert any(
         "l4 has 22.0" in s and "`--per_device_train_batch_size 1 --gradient_accumulation_steps 160000" in s
         for s in found.refusals
     )
+
+
+def test_features_are_counted_with_their_place_on_the_disk_and_the_time_to_make_them(sound, vqa_dataset):
+    """Sixteen tokens of a picture, as wide as the small tower, in bf16; a picture of several rows counts once."""
+    features, rows = sound.facts["features"], sound.facts["dataset"]["rows"]
+    width = 128
+
+    assert features["pictures"] < rows["train"] + rows["validation"]
+    assert features["bytes"] == features["pictures"] * 16 * width * 2
+    assert features["tflop_each"] > 0
+    assert sound.facts["memory"]["vision"] == "cached"
+    assert sound.facts["time"]["encoding_hours"] >= 0
+    assert "features cached" in page(sound)
+    assert f"Features: {features['pictures']} pictures" in page(sound)
+
+
+def test_a_tower_that_trains_has_no_features(look):
+    refused = look(trains="vision_tower", vision_features="cached")
+    live = look(vision_features="live")
+
+    assert any("vision_features: cached: the tower trains" in sentence for sentence in refused.refusals)
+    assert live.facts["memory"]["vision"] == "live"
+    assert "features" not in live.facts
+
+
+def test_memory_auto_shows_what_the_run_would_choose(look):
+    """Four rows a step, as the recipe has it one by one with checkpointing; the small model has room for all."""
+    found = look(memory="auto", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    memory = found.facts["memory"]
+
+    assert found.refusals == []
+    assert (memory["per_device_train_batch_size"], memory["gradient_accumulation_steps"]) == (4, 1)
+    assert memory["chosen"]
+    assert not memory["checkpointing"]
+    assert found.facts["steps"]["rows_per_step"] == 4
+    assert "Chosen (memory: auto): batch 4 × accumulation 1, no gradient checkpointing" in page(found)
+
+
+def test_packing_shares_the_tokens_of_a_picture_and_takes_less_time(look):
+    options = {"per_device_train_batch_size": 4, "throughput": None}
+    alone, packed = (look(pack_questions=number, **options) for number in (1, 3))
+
+    assert packed.facts["memory"]["batch"]["questions"] > 1
+    assert packed.facts["memory"]["batch"]["tokens"] > alone.facts["memory"]["batch"]["tokens"]
+    assert packed.facts["time"]["tflop_per_row"] < alone.facts["time"]["tflop_per_row"]
+    assert "questions share the tokens of their image" in page(packed)
+    assert "share the tokens" not in page(alone)
 
 
 @pytest.mark.slow

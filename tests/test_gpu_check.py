@@ -15,6 +15,6 @@ def test_both_stages_train_and_merge(tmp_path):
 
     subprocess.run([sys.executable, script, "--size", "small", "--steps", "6", "--out", out], check=True, timeout=600)
 
-    figures = json.loads(out.read_text())
+    figures = json.loads(out.read_text())["results"]
     assert figures["certificate"]["passed"]
     assert all(stage["proof"]["passed"] and stage["estimated_peak"] > 0 for stage in figures["stages"].values())

@@ -36,7 +36,7 @@ RECIPE = REPOSITORY / "recipes" / "stage1_vqa.yaml"
         ("lora_dropout", "1.5", "lora_dropout: 1.5 must be at least 0 and below 1"),
         ("early_stopping_patience", "-1", "early_stopping_patience: -1 must not be below 0"),
         ("validation_sample", "-1", "validation_sample: -1 must not be below 0"),
-        ("packing", "true", "rows with images cannot be packed"),
+        ("packing", "true", "use `pack_questions` for rows with images"),
         ("completion_only_loss", "false", "the loss is on the completion alone"),
         ("report_to", "nonesuch", "report_to: nonesuch: choose among none, .*tensorboard"),
         ("stage", "my stage/../x", "it names a folder"),

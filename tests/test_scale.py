@@ -91,7 +91,7 @@ def test_deepspeed_takes_our_file_with_the_settings_of_a_recipe(name, stage, rec
     assert plugin.zero_stage == read.zero_optimization_stage == stage
     assert plugin.zero3_init_flag == (stage == 3)
     assert read.bfloat16_config.enabled
-    assert read.gradient_accumulation_steps == 4
+    assert read.gradient_accumulation_steps == settings.gradient_accumulation_steps
     assert read.gradient_clipping == 1.0
     assert read.train_micro_batch_size_per_gpu == settings.per_device_train_batch_size
 

@@ -36,7 +36,7 @@ def test_reading_keeps_within_a_multiple_of_the_floor(tmp_path):
         "4",
     ]
     done = subprocess.run([sys.executable, BENCHMARK, *size, "--out", out, "--check"], capture_output=True, text=True)
-    figures = json.loads(out.read_text())["figures"]
+    figures = json.loads(out.read_text())["results"]["figures"]
 
     assert done.returncode == 0, done.stdout + done.stderr
     layouts = {name for name in figures if "ours" in figures[name]}

@@ -30,6 +30,7 @@ from dentalgemma.evaluation.questions import (
     swap_images,
 )
 from dentalgemma.models.loading import fingerprint_weights
+from dentalgemma.models.processors import image_fit
 
 Arm = Literal["true", "blank", "other"]
 GREY = (128, 128, 128)
@@ -72,6 +73,8 @@ def evaluate_questions(
         "dtype": str(model.dtype).removeprefix("torch."),
         "mode": mode,
         "images": images,
+        # Nothing for stretched pictures, as in files written before there was a choice.
+        "image_fit": "pan_and_scan" if image_fit(processor) == "pan_and_scan" else None,
         "protocol": PROTOCOL_VERSIONS[mode],
         "system_prompt": system_prompt,
         "generation": {"do_sample": False, "max_new_tokens": max_new_tokens} if mode == "generate" else None,

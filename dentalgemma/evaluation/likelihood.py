@@ -58,7 +58,8 @@ def score_options(
     inputs = encode(processor, conversations)
     pictured = [number for number, turns in enumerate(conversations) if turns[-1]["content"][0]["type"] == "image"]
     places = [pictured.index(owner) for owner in owners if owner in pictured]
-    sums = _sum_log_probabilities(model, inputs, owners, completions, places) if rows else []
+    image_tokens = (inputs["input_ids"] == processor.tokenizer.image_token_id).sum(dim=1)[pictured].tolist()
+    sums = _sum_log_probabilities(model, inputs, owners, completions, places, image_tokens) if rows else []
     scores: list[dict[str, dict]] = [{} for _ in batch]
     for (number, letter, tokens), total in zip(rows, sums, strict=True):
         scores[number][letter] = {"sum": total, "mean": total / len(tokens), "tokens": len(tokens)}
@@ -76,10 +77,12 @@ def _sum_log_probabilities(
     owners: Sequence[int],
     completions: Sequence[Sequence[int]],
     places: Sequence[int],
+    image_tokens: Sequence[int],
 ) -> list[float]:
     """Sum of the log-probabilities of each completion after the prompt of its owner, all in one padded batch.
 
-    `places` names the image of each row that has one, counted among the images of the batch.
+    `places` names the image of each row that has one, counted among the images of the batch; `image_tokens` says how
+    many tokens each of these takes, its crops included.
 
     Rows are padded on the left, so that the completions end together and logits are needed for the last positions
     only: those of whole prompts over a vocabulary of 262,000 would not fit. Each image is encoded once.
@@ -100,7 +103,7 @@ def _sum_log_probabilities(
     padded["position_ids"] = (padded["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     logits = model(
         **{name: values.to(model.device) for name, values in padded.items()},
-        mm_encoder_outputs={"image": _encode_images(model, pictures, places)} if pictures else None,
+        mm_encoder_outputs={"image": _encode_images(model, pictures, places, image_tokens)} if pictures else None,
         logits_to_keep=longest + 1,
         use_cache=False,
     ).logits[:, :-1]
@@ -109,7 +112,12 @@ def _sum_log_probabilities(
     return (chosen * answered.to(chosen.device)).sum(dim=1).tolist()
 
 
-def _encode_images(model: PreTrainedModel, pictures: Mapping[str, torch.Tensor], places: Sequence[int]):
+def _encode_images(
+    model: PreTrainedModel,
+    pictures: Mapping[str, torch.Tensor],
+    places: Sequence[int],
+    image_tokens: Sequence[int],
+):
     """Features of each image, encoded once and repeated for every option of its question."""
     pictures = {
         name: values.to(model.device, model.dtype if values.is_floating_point() else None)
@@ -117,6 +125,9 @@ def _encode_images(model: PreTrainedModel, pictures: Mapping[str, torch.Tensor],
     }
     encoded = model.get_image_features(**pictures, return_dict=True)
     features = encoded.pooler_output
-    repeated = [features[place] for place in places]
-    encoded.pooler_output = torch.stack(repeated) if isinstance(features, torch.Tensor) else repeated
+    if isinstance(features, torch.Tensor):  # Gemma 3: (images and crops, tokens of each, width)
+        features = features.split([tokens // features.shape[1] for tokens in image_tokens])
+        encoded.pooler_output = torch.cat([features[place] for place in places])
+    else:
+        encoded.pooler_output = [features[place] for place in places]
     return encoded

@@ -29,12 +29,13 @@ from trl import ModelConfig
 
 from data_builders.records import InputError
 from dentalgemma.adapters import Adapter, check_numbers, read_adapter
-from dentalgemma.models.processors import load_processor
+from dentalgemma.models.processors import load_processor, take_image_fit
 from dentalgemma.weight_files import open_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 CHAIN = "chain"
-CHAIN_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "run_facts.json")
+# The last for how pictures were fitted, should somebody go on from one of them: see `set_image_fit`.
+CHAIN_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "run_facts.json", "tokenizer_config.json")
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "chain/**")
 GATED = "accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
 ADAPTER_UNDER_ZERO3 = (
@@ -142,6 +143,8 @@ def stage_name(adapter: Path) -> str:
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load what `model_name_or_path` names, in `dtype` or quantised, for training; earlier adapters are folded in.
 
+    The processor is the base's, fitting pictures as the last adapter was trained on them.
+
     Raises:
         LoadError: when it is missing, gated, lacks weights, or is an adapter of something else.
     """
@@ -168,6 +171,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     _check_generation(start.base, model, processor)
     fold_adapters(model, start.adapters)
+    if start.adapters:
+        take_image_fit(processor, start.adapters[-1])
     return model, processor
 
 

@@ -37,6 +37,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data_builders.records import InputError
+from dentalgemma.training.data import PICTURES
 from dentalgemma.training.proof import START, local_shard
 from dentalgemma.weight_files import hash_file
 
@@ -57,7 +58,7 @@ FREE = re.compile(
     r"(output_dir|overwrite_|run_name|project|logging_|log_|save_|hub_|push_to_|report_to|trackio_|disable_tqdm|do_"
     r"|resume_from_|restore_callback_|enable_jit_|dataloader_(num|pin|prefetch|persistent|multi)|dataset_num_proc|local_"
     r"|ddp_(timeout|backend|broadcast)|skip_memory|dataset_(name|config|streaming)|mix_datasets|model_name|model_revision"
-    r"|trust_remote_code|allow_changes|debug|n_gpu|_)"
+    r"|trust_remote_code|allow_changes|feature_cache|memory$|(gradient|activation)_checkpointing|debug|n_gpu|_)"
 )
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch and safetensors wrap the error of the system, and torch keeps only that writing failed.
@@ -374,14 +375,18 @@ def say(text: str) -> None:
 
 def describe_run(trainer: StageTrainer) -> dict[str, Any]:
     """What must not change between a run and its continuation; call it before the model is wrapped or sharded."""
-    configuration = {key: value for key, value in sorted(trainer.settings.items()) if not FREE.match(key)}
     return {
         "processes": trainer.args.world_size,
-        "configuration": configuration,
+        "configuration": describe_settings(trainer),
         "trainable": trainable_counts(trainer.model),
         "base": hash_frozen(trainer.model),
         "data": {"training": hash_rows(trainer.train_dataset), "validation": hash_rows(trainer.eval_dataset)},
     }
+
+
+def describe_settings(trainer: StageTrainer) -> dict[str, Any]:
+    """The settings that must not change, as they are now: a plan for memory may have set some."""
+    return {key: value for key, value in sorted(trainer.settings.items()) if not FREE.match(key)}
 
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:
@@ -404,15 +409,15 @@ def hash_frozen(model: nn.Module) -> str:
 def hash_rows(rows: Dataset) -> str:
     """A hash of texts and images, in order: the same rows in another folder count as the same data.
 
-    Images count by `image_id`, the hash of their pixels; those of rows without it, as rows of another dataset that are
-    mixed in, by their sizes in bytes.
+    Images count by the names of their pictures, hashes of their bytes, where these were needed; else by `image_id`, the
+    hash of their pixels; those of rows without it, as rows of another dataset that are mixed in, by their sizes.
     """
     digest = hashlib.sha256()
-    texts = [name for name in ("row_id", "image_id", "prompt", "completion") if name in rows.column_names]
+    texts = [name for name in ("row_id", "image_id", PICTURES, "prompt", "completion") if name in rows.column_names]
     for batch in rows.select_columns(texts).with_format("arrow").iter(1000):
         digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
     named = rows.data.column("image_id") if "image_id" in rows.column_names else None
-    if "images" in rows.column_names and (named is None or named.null_count):
+    if "images" in rows.column_names and PICTURES not in rows.column_names and (named is None or named.null_count):
         sizes = _picture_sizes(rows)
         for number in range(len(sizes)) if rows._indices is None else rows._indices.column(0).to_pylist():
             if named is None or not named[number].is_valid:

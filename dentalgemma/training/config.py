@@ -31,6 +31,36 @@ class StageConfig(ScriptArguments):
     max_row_tokens: int | None = field(
         default=None, metadata={"help": "Longer rows are left out, counted and listed; none is ever cut."}
     )
+    vision_features: str = field(
+        default="auto",
+        metadata={
+            "help": "`cached`: a frozen tower encodes each picture once, for all epochs, questions and runs; `live`: "
+            "in every step; `auto`: cached where possible, and says why where not.",
+            "choices": ["auto", "cached", "live"],
+        },
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder of the features; default `$HF_HOME/dentalgemma/features`."}
+    )
+    pack_questions: int = field(
+        default=1, metadata={"help": "At most so many questions of one image share its tokens in one sequence."}
+    )
+    pack_texts: bool = field(default=False, metadata={"help": "Rows without images are laid end to end, unpadded."})
+    image_fit: str | None = field(
+        default=None,
+        metadata={
+            "help": "`stretch` to the tower's square or `pan_and_scan` (crops beside it); not given: as the model has.",
+            "choices": ["stretch", "pan_and_scan"],
+        },
+    )
+    memory: str = field(
+        default="fixed",
+        metadata={
+            "help": "`auto`: micro-batch and gradient checkpointing are chosen to fit, the rows of a step stay as "
+            "configured; `fixed`: as configured.",
+            "choices": ["auto", "fixed"],
+        },
+    )
     mix_datasets: list[str] = field(
         default_factory=list, metadata={"help": "Folders or Hub ids whose training rows are mixed in."}
     )
@@ -134,6 +164,11 @@ def check_stage(stage: StageConfig, training: SFTConfig, model_config: ModelConf
     if training.gradient_checkpointing and reentrant and set(stage.trains) & {"vision_tower", "aligner"}:
         # Pictures carry no gradient into the tower, so a reentrant checkpoint would give its adapters none either.
         raise InputError("gradient_checkpointing_kwargs: tower and aligner learn only with use_reentrant: false")
+    if stage.pack_questions > 1 and training.train_sampling_strategy == "group_by_length":
+        raise InputError(
+            "pack_questions keeps the questions of an image together, train_sampling_strategy: group_by_length would "
+            "part them; choose one"
+        )
     sees = set(stage.trains) != {"language_model"}
     if sees and training.gradient_checkpointing and shards_weights(training) == "ZeRO-3":
         # TRL 1.16 turns reentrant checkpointing on for adapters under ZeRO-3, whatever was asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,13 +18,17 @@ from transformers import ProcessorMixin
 
 from data_builders.images import UNREADABLE, to_rgb
 from data_builders.records import InputError
+from dentalgemma.models.processors import write_picture
+from dentalgemma.training.batches import lay_end_to_end, pad_lines, split_rows
 from dentalgemma.training.mixture import mix_in
+from dentalgemma.training.packing import IGNORED, Example, pack
 
 if TYPE_CHECKING:
     from dentalgemma.training.config import StageConfig
+    from dentalgemma.training.features import FeatureCache
 
-IGNORED = -100  # the label that cross entropy leaves out
 RENDERS_DIFFERENTLY = "the chat template renders a prompt differently when an answer follows it"
+PICTURES = "pictures"  # a column: the names of a row's pictures, SHA-256 of their bytes as stored
 TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
@@ -119,16 +123,56 @@ class ChatCollator:
     Labels are the completion (answer and turn end) and nothing else. Every batch says which tokens are image tokens,
     also one without images: Gemma builds its attention mask from that (`token_type_ids`; `mm_token_type_ids` in Gemma
     4). Each batch is checked by `check_batch`, since all that it finds would train without an error.
+
+    With `features`, a row's pictures are read from there by their names (column `pictures`) and none is opened: the
+    batch has `image_features` (image tokens of the batch, width of the tower) in place of pixels. With
+    `pack_questions` above 1, so many rows of the same pictures share them in one sequence, which `position_ids` and
+    `segment_ids` keep apart. With `pack_texts`, a batch without any image is one sequence of its rows end to end.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        features: FeatureCache | None = None,
+        *,
+        pack_questions: int = 1,
+        pack_texts: bool = False,
+    ) -> None:
         self.processor = processor
+        self.features = features
+        self.pack_questions = pack_questions
+        self.pack_texts = pack_texts
         self.tokenizer = processor.tokenizer
         self.image_token_id = processor.tokenizer.image_token_id
         self.token_types = token_types_key(processor)
         self.turns = find_turns(processor)
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        examples, pixels = (self._look_up(rows), {}) if self.features is not None else self._open(rows)
+        order = shown = list(range(len(rows)))
+        if self.pack_texts and not any(example.pictures or self.image_token_id in example.ids for example in examples):
+            batch = lay_end_to_end(examples)
+        elif self.pack_questions > 1:
+            lines = pack(examples, image_token_id=self.image_token_id, questions=self.pack_questions)
+            order = [number for line in lines for number in line.rows]
+            batch = pad_lines(lines, self.tokenizer.pad_token_id)
+            shown = [line.rows[0] for line in lines]
+            pixels = {key: self._choose(values, examples, shown) for key, values in pixels.items()}
+        else:
+            batch = self._pad(examples)
+        batch[self.token_types] = (batch["input_ids"] == self.image_token_id).long()
+        batch |= pixels
+        pictures = [name for number in shown for name in examples[number].pictures]
+        if self.features is not None and pictures:
+            batch["image_features"] = self.features.read(pictures)
+        names = [name_row(rows[number]) for number in order]
+        problems = check_batch(batch, self.processor, turns=self.turns, names=names)
+        if problems:
+            raise DatasetError(problems[0])
+        return batch
+
+    def _open(self, rows: Sequence[Mapping]) -> tuple[list[Example], dict[str, torch.Tensor]]:
+        """Rows as tokens, and what the tower needs to see of their pictures."""
         images = [open_images(row) for row in rows]
         texts = [self.render(row, len(own)) for row, own in zip(rows, images, strict=True)]
         # The rendered template already begins with <bos>; special tokens on top would double it.
@@ -138,14 +182,32 @@ class ChatCollator:
             add_special_tokens=False,
             padding=False,  # Gemma 4's processor pads unless told not to
         )
-        answers = self.tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
-        batch = self._pad(inputs["input_ids"], answers)
-        for key in [key for key in inputs if key not in TEXT_KEYS]:  # pixels; in Gemma 4 also where each patch lies
-            batch[key] = torch.stack([torch.as_tensor(picture) for picture in inputs[key]])
-        problems = check_batch(batch, self.processor, turns=self.turns, names=[name_row(row) for row in rows])
-        if problems:
-            raise DatasetError(problems[0])
-        return batch
+        examples = self._tokenize(inputs["input_ids"], [answer for _, answer in texts], rows)
+        keys = [key for key in inputs if key not in TEXT_KEYS]  # pixels; in Gemma 4 also where each patch lies
+        return examples, {key: torch.stack([torch.as_tensor(picture) for picture in inputs[key]]) for key in keys}
+
+    def _choose(self, pixels: torch.Tensor, examples: Sequence[Example], chosen: Sequence[int]) -> torch.Tensor:
+        """Of the pixels of all examples, which are one picture or crop of one each, those of the chosen."""
+        own = pixels.split([count_runs(example.ids, self.image_token_id) for example in examples])
+        return torch.cat([own[number] for number in chosen])
+
+    def _look_up(self, rows: Sequence[Mapping]) -> list[Example]:
+        """Rows as tokens; how many image tokens a picture takes, its features tell."""
+        pictures = [row.get(PICTURES) or [] for row in rows]
+        texts = [self.render(row, len(own)) for row, own in zip(rows, pictures, strict=True)]
+        prompts = []
+        for (prompt, _), own in zip(texts, pictures, strict=True):
+            written = [write_picture(self.processor, self.features.tokens(name)) for name in own]
+            prompts.append(fill_places(prompt, written, self.processor.image_token))
+        ids = self.tokenizer(prompts, add_special_tokens=False, padding=False)["input_ids"]
+        return self._tokenize(ids, [answer for _, answer in texts], rows)
+
+    def _tokenize(self, prompts: Sequence[list[int]], answers: Sequence[str], rows: Sequence[Mapping]) -> list[Example]:
+        endings = self.tokenizer(list(answers), add_special_tokens=False, padding=False)["input_ids"]
+        return [
+            Example([*prompt, *ending], answer_start=len(prompt), pictures=tuple(row.get(PICTURES) or ()))
+            for prompt, ending, row in zip(prompts, endings, rows, strict=True)
+        ]
 
     def render(self, row: Mapping, image_count: int) -> tuple[str, str]:
         """Prompt as the chat template writes it for generation, and the answer with its turn end.
@@ -174,23 +236,27 @@ class ChatCollator:
             raise DatasetError(f"{name_row(row)}: {RENDERS_DIFFERENTLY}")
         return start, whole[len(stem) :]
 
-    def _pad(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-        shape = (len(prompts), length)
+    def _pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        shape = (len(examples), max(len(example.ids) for example in examples))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORED)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            end = len(prompt) + len(answer)
-            input_ids[i, :end] = torch.tensor([*prompt, *answer])
-            attention_mask[i, :end] = 1
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            self.token_types: (input_ids == self.image_token_id).long(),
-            "labels": labels,
-        }
+        for i, (ids, answer_start, _) in enumerate(examples):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            attention_mask[i, : len(ids)] = 1
+            labels[i, answer_start : len(ids)] = torch.tensor(ids[answer_start:])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def count_runs(ids: Sequence[int], token_id: int) -> int:
+    """How many runs of a token there are: each picture, or crop of one, is a run of image tokens."""
+    return sum(same for same, _ in groupby(token == token_id for token in ids))
+
+
+def fill_places(prompt: str, written: Sequence[str], token: str) -> str:
+    """A prompt with what stands for each picture written in the place of its token."""
+    first, *rest = prompt.split(token)
+    return first + "".join(picture + text for picture, text in zip(written, rest, strict=True))
 
 
 def place_images(messages: Sequence[Mapping], image_count: int) -> list[dict]:
@@ -328,10 +394,9 @@ def check_batch(
         problems.append("the chat template writes nothing after an answer: the model would never learn to stop")
     if tokenizer.pad_token_id in (turns.end, tokenizer.eos_token_id):
         problems.append(f"the tokenizer pads with {tokenizer.pad_token!r}, which also ends a turn or a text")
-    columns = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
-    for number, (ids, labels, attention) in enumerate(zip(*columns, strict=True)):
+    for number, (ids, labels) in enumerate(split_rows(batch)):
         name = names[number] if names else f"row {number + 1} of the batch"
-        sentences = _check_row(ids[: sum(attention)], labels, processor, turns)
+        sentences = _check_row(ids, labels, processor, turns)
         problems.extend(f"{name}: {sentence}" for sentence in sentences)
     return problems + _check_tensors(batch, processor)
 
@@ -374,6 +439,8 @@ def _check_tensors(batch: Mapping[str, torch.Tensor], processor: ProcessorMixin)
 
 def _count_features(batch: Mapping[str, torch.Tensor], processor: ProcessorMixin) -> int | None:
     """How many image tokens the pictures of a batch fill; None for a family that we cannot count."""
+    if "image_features" in batch:
+        return len(batch["image_features"])
     if "pixel_values" not in batch:
         return 0
     if "image_position_ids" in batch:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -39,33 +39,49 @@ from dentalgemma.models.loading import (
     load_processor,
 )
 from dentalgemma.models.parts import count_parameters
+from dentalgemma.models.processors import set_image_fit, take_image_fit
+from dentalgemma.training.backbone import FAMILIES
 from dentalgemma.training.config import StageConfig, check_stage, read_stage
 from dentalgemma.training.data import (
     IGNORED,
     ChatCollator,
     DatasetError,
     check_pictures,
+    count_without_images,
     load_splits,
     token_types_key,
 )
+from dentalgemma.training.features import feature_root
 from dentalgemma.training.first_loss import check_first_loss
 from dentalgemma.training.lengths import row_lengths
 from dentalgemma.training.memory import (
     GIB,
     GPUS,
+    TIGHT,
     UTILISATION,
     Batch,
     Gpu,
     Memory,
     Sharding,
     build_on_meta,
+    feature_bytes,
     head_bytes,
+    head_flops,
     rows_per_second,
-    step_memory,
     steps_of,
-    trace_step,
     weight_bytes,
+    weights_dtype,
     what_would_fit,
+)
+from dentalgemma.training.memory_policy import (
+    Rows,
+    Run,
+    choose,
+    estimate,
+    heaviest_batch,
+    lay_out,
+    measure_batch,
+    set_arguments,
 )
 from dentalgemma.training.precision import check_precision, gpu_capability
 from dentalgemma.training.sharding import check_architecture, check_rows, check_start
@@ -75,7 +91,6 @@ TOKEN_TYPES = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
 LOOKED_AT = 16  # rows of each split that are made into batches
 SHOWN = 2  # rows whose prompt is printed
 LOSS_ROWS = 4
-TIGHT = 0.85  # of the GPU's memory: the estimate is good to about 15 %
 SPARE = 2 * GIB  # disk space to leave free
 VARIANTS = {"ti", "super", "laptop", "mobile", "d", "mig"}  # words in the name of another GPU, or of a part of one
 WEIGHTS = ("*.safetensors", "*.json")
@@ -125,8 +140,14 @@ class Case:
     processor: ProcessorMixin | None = None
     dataset: DatasetDict | None = None
     lengths: dict[str, list[int]] = field(default_factory=dict)
-    batch: Batch | None = None
-    mean_tokens: float = 0
+    row: Batch | None = None  # one of the longest rows, with the pictures of one that has some
+    rows: Rows | None = None  # those that train
+    shown: int = 0  # pictures of that row; of a picture with crops each is one of `row.images`
+    pictures: int = 0  # different ones, of both splits
+
+    @property
+    def run(self) -> Run:
+        return Run(self.architecture, self.training, self.model_config, self.stage.trains, _vision(self), self.sharding)
 
 
 def diagnose(
@@ -276,6 +297,10 @@ def _find_model(case: Case, found: Diagnosis) -> None:
         case.architecture = AutoConfig.from_pretrained(base, revision=revision)
         found.facts["family"] = case.architecture.model_type
         case.processor = load_processor(base, revision=revision)
+        with found.refusing():
+            if case.start.adapters:
+                take_image_fit(case.processor, case.start.adapters[-1])
+            set_image_fit(case.processor, case.stage.image_fit)
     except OSError as error:
         found.refuse(explain(base, error))
     except ValueError as error:  # a model_type that this version of transformers does not know, or no processor
@@ -368,6 +393,8 @@ def _check_lengths(case: Case, found: Diagnosis) -> None:
     facts = found.facts["lengths"] = {}
     for split, lengths in case.lengths.items():
         kept = [length for length in lengths if length <= limit]
+        if split == case.stage.dataset_train_split and kept:
+            case.rows = _training_rows(case, limit)
         left_out = len(lengths) - len(kept)
         if lengths and not kept:
             found.refuse(f"split {split!r}: all {len(lengths)} rows are longer than {limit:,} tokens")
@@ -380,6 +407,38 @@ def _check_lengths(case: Case, found: Diagnosis) -> None:
             middle = sorted(kept)[len(kept) // 2]
             facts[split] = {"shortest": min(kept), "median": middle, "longest": max(kept), "left_out": left_out}
             facts[split]["histogram"] = _histogram(kept)
+
+
+def _training_rows(case: Case, limit: float) -> Rows:
+    """The rows that are not too long; which of them show the same pictures, `image_id` tells, which the builders write.
+
+    Without it they count as unpacked.
+    """
+    rows, lengths = case.dataset[case.stage.dataset_train_split], case.lengths[case.stage.dataset_train_split]
+    names = _picture_names(rows) if case.stage.pack_questions > 1 else None
+    kept = [number for number, length in enumerate(lengths) if length <= limit]
+    return Rows(
+        [lengths[number] for number in kept],
+        [names[number] for number in kept] if names else None,
+        questions=case.stage.pack_questions,
+    )
+
+
+def _picture_names(rows: Dataset) -> list[str | None] | None:
+    return rows.select_columns(["image_id"])["image_id"][:] if "image_id" in rows.column_names else None
+
+
+def _count_pictures(case: Case) -> int:
+    """Different pictures of both splits; where rows do not name theirs, each counts."""
+    splits = {case.stage.dataset_train_split, case.stage.dataset_test_split}
+    names: set[str] = set()
+    unnamed = 0
+    for rows in (case.dataset[split] for split in splits):
+        shown = len(rows) - count_without_images(rows)
+        named = [name for name in _picture_names(rows) or () if name] if shown else []
+        names.update(named)
+        unnamed += max(0, shown - len(named))
+    return len(names) + unnamed
 
 
 def _histogram(lengths: Sequence[int], bars: int = 10) -> list[tuple[int, int]]:
@@ -400,6 +459,7 @@ def _look_at_rows(case: Case, found: Diagnosis) -> None:
         looked_at = trained = 0
         for split, lengths in case.lengths.items():
             rows, heaviest = case.dataset[split], None
+            images, shown = (), 0
             for number in _spread(lengths):
                 row = rows[number]
                 try:
@@ -409,13 +469,18 @@ def _look_at_rows(case: Case, found: Diagnosis) -> None:
                     continue
                 looked_at += 1
                 trained += int((batch["labels"] != IGNORED).sum())
-                if heaviest is None or batch["input_ids"].shape[1] > heaviest[1]["input_ids"].shape[1]:
-                    heaviest = row, batch
+                measured = measure_batch(batch, case.processor)
+                if heaviest is None or measured.tokens > heaviest.tokens:
+                    heaviest = measured
+                if sum(measured.images) > sum(images):
+                    images, shown = measured.images, len(row["images"])
                 if split == case.stage.dataset_train_split and len(found.facts.setdefault("shown", [])) < SHOWN:
                     found.facts["shown"].append(show_row(batch, case.processor))
-            if heaviest is not None and split == case.stage.dataset_train_split:
-                case.batch = _as_batch(case, *heaviest)
-                case.mean_tokens = sum(lengths) / len(lengths)
+            if heaviest is not None and split == case.stage.dataset_train_split and case.rows is not None:
+                # A longest row may be text alone, while others of its batch have pictures.
+                case.row, case.shown = replace(heaviest, images=images), shown
+                case.rows = case.rows._replace(shared=sum(images))
+                case.pictures = _count_pictures(case) if images else 0
         if looked_at:
             found.facts["labels"] = {"rows_looked_at": looked_at, "trained_tokens_per_row": trained / looked_at}
 
@@ -427,17 +492,6 @@ def _spread(lengths: Sequence[int]) -> list[int]:
     step = max(1, len(lengths) // LOOKED_AT)
     ends = [lengths.index(max(lengths)), lengths.index(min(lengths))]
     return list(dict.fromkeys([0, *ends, *range(0, len(lengths), step)]))[:LOOKED_AT]
-
-
-def _as_batch(case: Case, row: dict, batch: dict[str, torch.Tensor]) -> Batch:
-    images = len(row.get("images") or [])
-    tokens = int((batch["input_ids"] == case.processor.tokenizer.image_token_id).sum())
-    return Batch(
-        rows=case.training.per_device_train_batch_size,
-        tokens=batch["input_ids"].shape[1],
-        answer_tokens=int((batch["labels"] != IGNORED).sum()),
-        images=(tokens // images,) * images if images else (),
-    )
 
 
 def show_row(batch: dict[str, torch.Tensor], processor: ProcessorMixin) -> list[tuple[str, str]]:
@@ -509,36 +563,84 @@ def _check_parts_and_memory(case: Case, found: Diagnosis, throughput: float | No
         return
     found.facts["parts"] = count_parameters(model)
     found.facts["weight_bytes"] = weight_bytes(model, replace(case.model_config, load_in_4bit=False))
-    if case.batch is None:
+    if case.row is None:
         return
-    memory, _ = _estimate(case, case.batch, case.training.gradient_checkpointing, case.model_config)
-    other, _ = _estimate(case, case.batch, not case.training.gradient_checkpointing, case.model_config)
-    by_checkpointing = {case.training.gradient_checkpointing: memory, not case.training.gradient_checkpointing: other}
+    _check_vision(case, found)
+    chosen = case.stage.memory == "auto"
+    if chosen:
+        set_arguments(choose(case.run, case.row, case.rows, available=_available(case)), case.training)
+    training = case.training
+    batch = heaviest_batch(case.rows, training.per_device_train_batch_size, case.row)
+    by_checkpointing = {switch: estimate(case.run, batch, checkpointing=switch).memory for switch in (True, False)}
+    memory = by_checkpointing[training.gradient_checkpointing]
     found.facts["memory"] = {
-        "batch": {"rows": case.batch.rows, "tokens": case.batch.tokens, "images": len(case.batch.images)},
+        "batch": {
+            "rows": batch.rows,
+            "tokens": batch.tokens,
+            "images": len(batch.images),
+            "questions": batch.questions,
+        },
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "chosen": chosen,
+        "vision": case.run.vision if batch.images else None,
         "bytes": vars(memory) | {"total": memory.total},
-        "checkpointing": case.training.gradient_checkpointing,
+        "checkpointing": training.gradient_checkpointing,
         "activations_with_checkpointing": by_checkpointing[True].activations,
         "activations_without_checkpointing": by_checkpointing[False].activations,
-        "all_logits": head_bytes(model, case.batch, fused=False),
+        "all_logits": head_bytes(model, batch, fused=False),
         "available": _available(case),
     }
-    _check_fit(case, found, memory)
+    _check_fit(case, found, batch, memory)
     if not throughput and case.gpu is not None and case.gpu.tflops and "steps" in found.facts:
-        average = replace(case.batch, rows=1, tokens=max(math.ceil(case.mean_tokens), sum(case.batch.images) + 1))
-        _, flops = _estimate(case, average, case.training.gradient_checkpointing, case.model_config)
-        steps = found.facts["steps"]
-        speed = rows_per_second(flops, case.gpu, case.sharding.gpus)
-        rows = len(case.lengths[case.stage.dataset_train_split])
-        _note_time(found, rows, steps["in_all"] * steps["rows_per_step"], speed, "estimated")
-        found.facts["time"] |= {"tflop_per_row": flops / 1e12, "utilisation": UTILISATION}
+        _estimate_time(case, found)
 
 
-def _estimate(case: Case, batch: Batch, checkpointing: bool, model_config: ModelConfig) -> tuple[Memory, int]:
-    model = build_on_meta(case.architecture, model_config, case.stage.trains)
-    mixed = bool(case.training.bf16 or case.training.fp16)
-    trace = trace_step(model, batch, checkpointing=checkpointing, mixed_precision=mixed)
-    return step_memory(model, trace, batch, case.training, model_config, case.sharding), trace.flops
+def _vision(case: Case) -> str:
+    """How pictures reach the language model: `cached` or `live`, as the trainer would decide."""
+    whole = case.sharding.kind != "zero3"
+    frozen = "vision_tower" not in case.stage.trains
+    known = case.architecture is not None and case.architecture.model_type in FAMILIES
+    return "cached" if case.stage.vision_features != "live" and whole and frozen and known else "live"
+
+
+def _check_vision(case: Case, found: Diagnosis) -> None:
+    """Whether features can be stored, and what they take on the disk."""
+    if not case.row.images:
+        return
+    if _vision(case) == "live":
+        if case.stage.vision_features == "cached":
+            reason = "the tower trains" if "vision_tower" in case.stage.trains else "this family or sharding has none"
+            found.refuse(f"vision_features: cached: {reason}; set `vision_features: live`")
+        return
+    half = case.training.bf16 or weights_dtype(case.architecture, case.model_config).itemsize == 2
+    tokens = case.pictures * sum(case.row.images) // case.shown
+    found.facts["features"] = {
+        "pictures": case.pictures,
+        "bytes": feature_bytes(case.architecture, tokens, torch.bfloat16 if half else torch.float32),
+    }
+
+
+def _estimate_time(case: Case, found: Diagnosis) -> None:
+    """Time from the operations of an average sequence; the pictures are encoded once, where they are cached."""
+    loads = lay_out(case.rows, case.training.per_device_train_batch_size)
+    questions = len(case.rows.lengths) / len(loads)
+    tokens = math.ceil(sum(load.tokens for load in loads) / len(loads))
+    average = replace(case.row, tokens=max(tokens, sum(case.row.images) + 1), questions=questions)
+    checkpointing = case.training.gradient_checkpointing
+    flops = estimate(case.run, average, checkpointing=checkpointing).flops
+    per_row = flops / questions + head_flops(case.architecture, case.row.answer_tokens)
+    steps, sharing = found.facts["steps"], (case.gpu, case.sharding.gpus)
+    speed = rows_per_second(per_row, *sharing)
+    _note_time(found, len(case.rows.lengths), steps["in_all"] * steps["rows_per_step"], speed, "estimated")
+    time = found.facts["time"]
+    time |= {"tflop_per_row": per_row / 1e12, "utilisation": UTILISATION, "rows_per_sequence": round(questions, 3)}
+    if features := found.facts.get("features"):
+        live = estimate(replace(case.run, vision="live"), average, checkpointing=checkpointing).flops
+        each = (live - flops) / case.shown
+        time["encoding_hours"] = round(case.pictures / rows_per_second(max(each, 1), *sharing) / 3600, 4)
+        time["hours_in_all"] = round(time["hours_in_all"] + time["encoding_hours"], 3)
+        features["tflop_each"] = each / 1e12
 
 
 def _available(case: Case) -> int:
@@ -547,7 +649,7 @@ def _available(case: Case) -> int:
     return available_memory()
 
 
-def _check_fit(case: Case, found: Diagnosis, memory: Memory) -> None:
+def _check_fit(case: Case, found: Diagnosis, batch: Batch, memory: Memory) -> None:
     available = _available(case)
     device = found.facts["gpu"]["name"]
     needed = f"the longest rows need about {memory.total / GIB:.1f} GiB on each GPU, {device} has {available / GIB:.1f}"
@@ -556,8 +658,8 @@ def _check_fit(case: Case, found: Diagnosis, memory: Memory) -> None:
     if memory.total <= available:
         found.warnings.append(f"{needed}: tight, since the estimate is good to about 15 %")
         return
-    for option, batch, checkpointing, model_config in what_would_fit(case.batch, case.training, case.model_config):
-        milder, _ = _estimate(case, batch, checkpointing, model_config)
+    for option, fewer, checkpointing, model_config in what_would_fit(batch, case.training, case.model_config):
+        milder = estimate(replace(case.run, model_config=model_config), fewer, checkpointing=checkpointing).memory
         if milder.total <= TIGHT * available:
             found.refuse(f"{needed}: `{option}` would need {milder.total / GIB:.1f}")
             return
@@ -584,6 +686,13 @@ def _check_disk(case: Case, found: Diagnosis) -> None:
     output = _existing(Path(case.training.output_dir))
     for what, size in needs.items():
         places.setdefault(output.stat().st_dev, [output]).append((what, size))
+    if features := found.facts.get("features"):
+        root = feature_root(case.stage.feature_cache)
+        # What lies there may be of this run: no refusal for want of space that is not needed.
+        there = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+        needs["features"] = max(0, features["bytes"] - there)
+        place = _existing(root)
+        places.setdefault(place.stat().st_dev, [place]).append(("features", needs["features"]))
     if not Path(case.start.base).is_dir() and _cached(case.start) is None:
         needs["download"] = found.facts["weight_bytes"]
         cache = _existing(Path(constants.HF_HUB_CACHE))
@@ -591,7 +700,7 @@ def _check_disk(case: Case, found: Diagnosis) -> None:
     free = {}
     for place, *wanted in places.values():
         available, total = shutil.disk_usage(place).free, sum(size for _, size in wanted)
-        names = " and ".join(what for what, _ in wanted)
+        names = " and ".join(what for what, _ in wanted).replace(" and ", ", ", len(wanted) - 2)
         free[names] = available
         if total + SPARE > available:
             detail = f" ({kept} checkpoints of {_size(checkpoint)})" if kept else ""

@@ -91,10 +91,14 @@ def _memory(report: dict, console: Console) -> None:
         return
     gpu, batch = report["gpu"], memory["batch"]
     images = f", {batch['images']} image{'s' * (batch['images'] > 1)}" if batch["images"] else ""
+    images += f", features {memory['vision']}" if memory["vision"] else ""
     each = f", each of {gpu['gpus']} GPUs ({gpu['sharing']})" if gpu["gpus"] > 1 else ""
     _head(console, f"Memory on {gpu['name'].upper() if gpu['named'] else gpu['name']}{each} (estimate)")
-    rows = "1 row" if batch["rows"] == 1 else f"{batch['rows']} rows"
-    _line(console, f"A batch of {rows}, each as long as the longest: {batch['tokens']:,} tokens{images}")
+    _line(console, f"A batch of {_batch(batch)}, each as long as the longest: {batch['tokens']:,} tokens{images}")
+    if memory["chosen"]:
+        switch = "gradient checkpointing" if memory["checkpointing"] else "no gradient checkpointing"
+        sizes = (memory["per_device_train_batch_size"], memory["gradient_accumulation_steps"])
+        _line(console, f"Chosen (memory: auto): batch {sizes[0]} × accumulation {sizes[1]}, {switch}")
     number, unit = (GIB, "GiB") if memory["bytes"]["total"] > 2 * GIB else (MIB, "MiB")
     table = Table("", _right(unit), box=None)
     for key, label in MEMORY_ROWS.items():
@@ -111,6 +115,14 @@ def _memory(report: dict, console: Console) -> None:
     )
 
 
+def _batch(batch: dict) -> str:
+    sequences = batch["rows"]
+    if batch["questions"] == 1:
+        return "1 row" if sequences == 1 else f"{sequences} rows"
+    packed = f"{batch['questions'] * sequences:.0f} rows packed into"
+    return f"{packed} 1 sequence" if sequences == 1 else f"{packed} {sequences} sequences"
+
+
 def _cost(report: dict, console: Console) -> None:
     if steps := report.get("steps"):
         _head(console, "Steps, time, space")
@@ -119,7 +131,8 @@ def _cost(report: dict, console: Console) -> None:
             f"{steps['in_all']:,} steps of {steps['rows_per_step']} rows, {steps['per_epoch']:,} an epoch, "
             f"{steps['epochs']:g} epochs",
         )
-    if time := report.get("time"):
+    time = report.get("time") or {}
+    if time:
         origin = "as stated"
         if time["origin"] == "estimated":
             work = f"{time['tflop_per_row']:.2g} TFLOP a row"
@@ -129,6 +142,11 @@ def _cost(report: dict, console: Console) -> None:
             f"{_hours(time['hours_in_all'])} in all, {_hours(time['hours_per_epoch'])} an epoch, validation aside, at "
             f"{time['rows_per_second']:.2f} rows per second ({origin})",
         )
+        if time.get("rows_per_sequence", 1) > 1:
+            _line(console, f"Packed: {time['rows_per_sequence']:.1f} questions share the tokens of their image")
+    if features := report.get("features"):
+        once = f", encoded once in {_hours(time['encoding_hours'])} (in the total)" if "encoding_hours" in time else ""
+        _line(console, f"Features: {features['pictures']:,} pictures, {_size(features['bytes'])}{once}")
     if disk := report.get("disk"):
         needs = ", ".join(f"{what} {size / GIB:,.2f} GiB" for what, size in disk["needs"].items())
         _line(console, f"Disk: {needs}; free {min(disk['free'].values()) / GIB:,.0f} GiB")
@@ -136,6 +154,10 @@ def _cost(report: dict, console: Console) -> None:
         _line(console, f"Access to the model on the Hub: {report['access']}")
     if "first_loss" in report:
         _line(console, f"Loss before training, on validation rows: {report['first_loss']:.3f}")
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / MIB:,.2f} MiB"
 
 
 def _hours(hours: float) -> str:

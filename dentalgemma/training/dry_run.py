@@ -37,6 +37,7 @@ SHORTER = {
     "resume_from_checkpoint": "never",
     "load_in_4bit": "false",
     "load_in_8bit": "false",
+    "memory": "fixed",
     "attn_implementation": "sdpa",
     "use_cpu": "true",
     "bf16": "false",
@@ -61,7 +62,8 @@ def rehearse(config: Path, overrides: Sequence[str], family: str) -> dict:
     with TemporaryDirectory(prefix="rehearsal-") as folder:
         model, run = Path(folder) / "model", Path(folder) / "run"
         make_tiny_model(model, family=family)
-        settings = {"model_name_or_path": model, "output_dir": run, **SHORTER, **asking}
+        places = {"model_name_or_path": model, "output_dir": run, "feature_cache": Path(folder) / "features"}
+        settings = {**places, **SHORTER, **asking}
         options = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         started = time.monotonic()
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig
 
 from data_builders.images import UNREADABLE
+from dentalgemma.models.processors import image_fit, picture_tokens, write_picture
 from dentalgemma.training.config import StageConfig
-from dentalgemma.training.data import ChatCollator, DatasetError, image_source, name_row
+from dentalgemma.training.data import ChatCollator, DatasetError, fill_places, image_source, name_row
 from dentalgemma.training.mixture import describe_mixture
 
 LIST_NAME = "left_out_rows.jsonl"
@@ -33,11 +35,16 @@ WORTH_A_BAR = 20_000  # rows; fewer take a few seconds
 
 
 class Fitting(NamedTuple):
-    """The splits without the rows that are too long; rows left out of, and tokens of the longest row kept in, each."""
+    """The splits without the rows that are too long; how many were left out of each, and the tokens of those kept."""
 
     dataset: DatasetDict
     left_out: dict[str, int]
-    longest: dict[str, int]
+    lengths: dict[str, list[int]]
+
+    @property
+    def longest(self) -> dict[str, int]:
+        """Tokens of the longest row of each split."""
+        return {split: max(lengths) for split, lengths in self.lengths.items()}
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -88,30 +95,30 @@ def keep_fitting(
     """
     context = config.get_text_config().max_position_embeddings
     limit = min(stage.max_row_tokens or context, context)
-    kept, dropped, longest = DatasetDict(dataset), [], {}
+    kept, dropped, kept_lengths = DatasetDict(dataset), [], {}
     for split in dict.fromkeys((stage.dataset_train_split, stage.dataset_test_split)):
         rows = dataset[split]
         lengths = row_lengths(rows, processor, progress=training.process_index == 0)
-        fitting = [number for number, length in enumerate(lengths) if length <= limit]
-        if not fitting:
+        short = [number for number, length in enumerate(lengths) if length <= limit]
+        if not short:
             raise DatasetError(
                 f"split {split!r}: all {len(rows)} rows are longer than {limit:,} tokens (the shortest has "
                 f"{min(lengths, default=0):,}); raise `max_row_tokens`, or build shorter rows"
             )
-        longest[split] = max(lengths[number] for number in fitting)
+        kept_lengths[split] = [lengths[number] for number in short]
         if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            rows = _with_column(rows, training.length_column_name, lengths)
-        if len(fitting) < len(rows):
+            rows = with_column(rows, training.length_column_name, lengths)
+        if len(short) < len(rows):
             dropped += _list_longer(rows, split, lengths, limit)
-            rows = rows.select(fitting)
+            rows = rows.select(short)
         kept[split] = rows
-    left_out = dict(Counter(row["split"] for row in dropped))
+    fitting = Fitting(kept, dict(Counter(row["split"] for row in dropped)), kept_lengths)
     if training.process_index == 0:
         _write_list(Path(training.output_dir) / LIST_NAME, dropped)
         lines = [describe_mixture(mixture)] if (mixture := getattr(dataset, "mixture", ())) else []
-        for line in [*lines, _describe(limit, longest, left_out)]:
+        for line in [*lines, _describe(limit, fitting.longest, fitting.left_out)]:
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-    return Fitting(kept, left_out, longest)
+    return fitting
 
 
 def row_lengths(
@@ -119,7 +126,8 @@ def row_lengths(
 ) -> list[int]:
     """The number of tokens of every row as the collator makes it, padding aside.
 
-    Pictures are not decoded: Gemma 3 takes the same number of tokens for each, for Gemma 4 the headers tell the sizes.
+    Pictures are not decoded: Gemma 3 takes the same number of tokens for each, unless it shows crops of long ones.
+    Then, and for Gemma 4, the headers tell the sizes.
 
     Raises:
         DatasetError: for a row that cannot be rendered, or a picture without a size.
@@ -132,6 +140,7 @@ def row_lengths(
         [name for name in ("prompt", "completion", "row_id") if name in dataset.column_names]
     )
     place = _image_places(processor)
+    image_token = processor.tokenizer.image_token
     lengths: list[int] = []
     batches = track(
         texts.iter(batch_size),
@@ -145,12 +154,13 @@ def row_lengths(
         prompts, answers = [], []
         for row, own in zip(rows, tokens[len(lengths) : len(lengths) + len(rows)], strict=True):
             prompt, answer = collator.render(row, len(own))
-            prompts.append(_fill_places(prompt, [place(count) for count in own], processor.image_token))
+            prompts.append(fill_places(prompt, [place(count) for count in own], processor.image_token))
             answers.append(answer)
         ids = processor.tokenizer([*prompts, *answers], add_special_tokens=False, padding=False)["input_ids"]
         own_tokens = tokens[len(lengths) : len(lengths) + len(rows)]
         for prompt_ids, answer_ids, own in zip(ids[: len(rows)], ids[len(rows) :], own_tokens, strict=True):
-            lengths.append(len(prompt_ids) + len(answer_ids) + sum(own) - len(own))
+            left_out = sum(count - place(count).count(image_token) for count in own)
+            lengths.append(len(prompt_ids) + len(answer_ids) + left_out)
     return lengths
 
 
@@ -159,21 +169,16 @@ def _only(dataset: Dataset, *columns: str) -> Dataset:
 
 
 def _image_places(processor: ProcessorMixin) -> Callable[[int], str]:
-    """What the processor writes for a picture of so many tokens, shortened to one of them: they are all alike."""
+    """What the processor writes for a picture of so many tokens, each run of them shortened to one: they are alike."""
     token = processor.tokenizer.image_token
 
     @cache
     def place(count: int) -> str:
-        written = processor.replace_image_token({"num_crops": [0], "num_soft_tokens_per_image": [count]}, 0)
+        written = write_picture(processor, count)
         assert written.count(token) == count
-        return written.replace(token * count, token)
+        return re.sub(f"(?:{re.escape(token)})+", lambda run: token, written)
 
     return place
-
-
-def _fill_places(prompt: str, written: Sequence[str], token: str) -> str:
-    first, *rest = prompt.split(token)
-    return first + "".join(picture + text for picture, text in zip(written, rest, strict=True))
 
 
 def _image_tokens(dataset: Dataset, processor: ProcessorMixin) -> list[list[int]]:
@@ -185,9 +190,10 @@ def _image_tokens(dataset: Dataset, processor: ProcessorMixin) -> list[list[int]
         return [[]] * len(dataset)
     column = dataset.data.column("images")
     numbers = range(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_pylist()
-    if isinstance(processor, Gemma3Processor):
+    if image_fit(processor) == "stretch":
         counts = pc.fill_null(pc.list_value_length(column), 0).to_pylist()
         return [[processor.image_seq_length] * counts[number] for number in numbers]
+    tokens_of = cache(partial(picture_tokens, processor))
     known: dict[int, list[int]] = {}  # a mixture may show a row more than once
     for place, number in enumerate(numbers):
         if number not in known:
@@ -197,7 +203,7 @@ def _image_tokens(dataset: Dataset, processor: ProcessorMixin) -> list[list[int]
             except UNREADABLE as error:
                 name = name_row(_only(dataset, "prompt", "row_id")[place])
                 raise DatasetError(f"{name}: a picture cannot be read: {error}") from error
-            known[number] = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+            known[number] = [tokens_of(height, width) for height, width in sizes]
     return [known[number] for number in numbers]
 
 
@@ -210,14 +216,14 @@ def _read_size(pictures: pa.StructArray, index: int) -> tuple[int, int]:
         return opened.height, opened.width
 
 
-def _with_column(dataset: Dataset, name: str, values: list[int]) -> Dataset:
+def with_column(dataset: Dataset, name: str, values: list) -> Dataset:
     """The dataset with one more column; `add_column` alone would copy a dataset of chosen rows, pictures and all."""
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
     if dataset._indices is None:
         return dataset.add_column(name, values)
     numbers = dataset._indices.column(0).to_pylist()
-    spread = [0] * len(dataset.data)
+    spread = [None] * len(dataset.data)
     for number, value in zip(numbers, values, strict=True):
         spread[number] = value
     whole = Dataset(dataset._data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)

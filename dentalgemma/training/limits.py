@@ -31,11 +31,21 @@ TRAINING = {
     "dataloader_num_workers": NOT_NEGATIVE,
 }
 MODEL = {"lora_r": AT_LEAST_ONE, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
-STAGE = {"early_stopping_patience": NOT_NEGATIVE, "validation_sample": NOT_NEGATIVE, "max_row_tokens": AT_LEAST_ONE}
+STAGE = {
+    "early_stopping_patience": NOT_NEGATIVE,
+    "validation_sample": NOT_NEGATIVE,
+    "max_row_tokens": AT_LEAST_ONE,
+    "pack_questions": AT_LEAST_ONE,
+}
+CHOICES = {
+    "vision_features": ("auto", "cached", "live"),
+    "image_fit": (None, "stretch", "pan_and_scan"),
+    "memory": ("auto", "fixed"),
+}
 # What TRL would do to rows, and our collator does not: silence would look like consent.
 NOT_HERE = {
-    "packing": (True, "rows with images cannot be packed; leave it out"),
-    "padding_free": (True, "rows are padded; leave it out"),
+    "packing": (True, "use `pack_questions` for rows with images, `pack_texts` for rows without"),
+    "padding_free": (True, "use `pack_questions` for rows with images, `pack_texts` for rows without"),
     "assistant_only_loss": (True, "the loss is on the completion alone; leave it out"),
     "completion_only_loss": (False, "the loss is on the completion alone; leave it out"),
 }
@@ -52,6 +62,10 @@ def check_values(stage: object, training: SFTConfig, model_config: ModelConfig) 
             value = getattr(settings, name)
             if value is not None and not holds(value):
                 raise InputError(f"{name}: {value} {words}")
+    for name, choices in CHOICES.items():
+        # argparse checks the command line alone, not the YAML.
+        if (value := getattr(stage, name)) not in choices:
+            raise InputError(f"{name}: {value}: choose among {', '.join(str(choice) for choice in choices if choice)}")
     for name, (unwanted, words) in NOT_HERE.items():
         if getattr(training, name) is unwanted:
             raise InputError(f"{name}: {str(unwanted).lower()}: {words}")

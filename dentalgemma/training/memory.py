@@ -36,6 +36,7 @@ UTILISATION = 0.3
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 # Bytes per trained number in AdamW's two moments; torch's own keep the type of the weight, fp32 here.
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0}
+TIGHT = 0.85  # of the GPU's memory: the estimate is good to about 15 %
 
 
 class Gpu(NamedTuple):
@@ -68,12 +69,16 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows that one GPU takes at a time: how many, and for each of them tokens, answer tokens and image tokens."""
+    """The sequences that one GPU takes at a time: how many, and for each tokens, answer tokens and image tokens.
+
+    A sequence is a row of the dataset; where questions of one image are packed, it is `questions` rows.
+    """
 
     rows: int
     tokens: int
     answer_tokens: int
-    images: tuple[int, ...] = ()  # tokens of each image of a row
+    images: tuple[int, ...] = ()  # tokens of each image of a sequence
+    questions: float = 1
 
 
 class Trace(NamedTuple):
@@ -116,12 +121,7 @@ def build_on_meta(
     Raises:
         InputError: for parts that cannot be trained, or `adapters` of another base.
     """
-    if model_config.dtype in {"auto", None}:
-        dtype = getattr(architecture, "dtype", None) or torch.bfloat16
-    else:
-        dtype = getattr(torch, model_config.dtype)
-    if dtype == torch.float16:
-        dtype = torch.bfloat16  # as large; autocast on a CPU mixes fp32 with no other
+    dtype = weights_dtype(architecture, model_config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
         fold_adapters(model, adapters)
@@ -132,11 +132,27 @@ def build_on_meta(
     return adapted
 
 
-def trace_step(model: PeftModel, batch: Batch, *, checkpointing: bool, mixed_precision: bool) -> Trace:
+def weights_dtype(architecture: PretrainedConfig, model_config: ModelConfig) -> torch.dtype:
+    """The type that the frozen weights are loaded in."""
+    if model_config.dtype in {"auto", None}:
+        dtype = getattr(architecture, "dtype", None) or torch.bfloat16
+    else:
+        dtype = getattr(torch, model_config.dtype)
+    # bf16 is as large as fp16, and autocast on a CPU mixes fp32 with no other.
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def trace_step(
+    model: PeftModel, batch: Batch, *, checkpointing: bool, mixed_precision: bool, vision: str = "live"
+) -> Trace:
     """Run one training step of a model made by `build_on_meta` on shapes alone; the model can be traced once.
 
-    The fused head is left out: `head_bytes` has it. Without a GPU, PyTorch's dispatch is that of the CPU, whose
-    attention keeps the same tensors as the memory-efficient kernel of a GPU.
+    `vision` is how pictures reach the language model: `cached` features through the projector; `live` through the
+    tower, which rests where it is frozen (`backbone.rest_tower`); `stock` as transformers and TRL alone have it, in the
+    graph though frozen. A tower that trains is in the graph in any case.
+
+    The fused head is left out: `head_bytes` and `head_flops` have it. Without a GPU, PyTorch's dispatch is that of the
+    CPU, whose attention keeps the same tensors as the memory-efficient kernel of a GPU.
     """
     with FakeTensorMode():
         _give_shapes(model)
@@ -156,7 +172,7 @@ def trace_step(model: PeftModel, batch: Batch, *, checkpointing: bool, mixed_pre
                 alive.ignore(tensor.grad)
         with alive:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed_precision):
-                hidden = _forward(inner.model, batch)
+                hidden = _forward(inner.model, batch, vision)
             if hidden.requires_grad:  # an aligner without images learns nothing
                 hidden.sum().backward()
         return Trace(alive.peak, alive.flops)
@@ -221,6 +237,17 @@ def head_bytes(model: PeftModel, batch: Batch, *, fused: bool = True) -> int:
     scored = batch.rows * batch.answer_tokens
     tile = min(scored, HEAD_TOKENS) * min(text.vocab_size, HEAD_WORDS) * 4
     return tile + scored * text.hidden_size * (4 + 2)  # and the gradient of the hidden states
+
+
+def head_flops(architecture: PretrainedConfig, answer_tokens: float) -> float:
+    """Operations of scoring so many answer tokens, forward and back to the hidden states; the head is frozen."""
+    text = architecture.get_text_config()
+    return 4 * answer_tokens * text.hidden_size * text.vocab_size
+
+
+def feature_bytes(architecture: PretrainedConfig, image_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes on disk of the features of so many image tokens: the tower's pooled output, before the projector."""
+    return image_tokens * architecture.vision_config.hidden_size * dtype.itemsize
 
 
 def steps_of(rows: int, training: SFTConfig, gpus: int) -> tuple[int, int]:
@@ -301,7 +328,7 @@ def _dropout_of(share: float):
     return lambda x: torch.native_dropout(x, share, True)[0] if share else x
 
 
-def _forward(inner: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def _forward(inner: PreTrainedModel, batch: Batch, vision: str) -> torch.Tensor:
     """Hidden states of a batch. Image features are put in without looking for their places, which need values."""
     token_ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
     embeddings = inner.get_input_embeddings()(token_ids)
@@ -309,7 +336,7 @@ def _forward(inner: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if getattr(inner.language_model, "hidden_size_per_layer_input", None):
         extra["per_layer_inputs"] = inner.language_model.get_per_layer_inputs(token_ids, None)
     if batch.images:
-        features = [_see(inner, batch.rows, tokens) for tokens in batch.images]
+        features = [_see(inner, batch.rows, tokens, vision) for tokens in batch.images]
         features = [picture.reshape(batch.rows, -1, picture.shape[-1]).to(embeddings.dtype) for picture in features]
         rest = embeddings[:, sum(picture.shape[1] for picture in features) :]
         embeddings = torch.cat([*features, rest], dim=1)
@@ -319,21 +346,38 @@ def _forward(inner: PreTrainedModel, batch: Batch) -> torch.Tensor:
     ).last_hidden_state
 
 
-def _see(inner: PreTrainedModel, pictures: int, tokens: int) -> torch.Tensor:
-    vision = inner.config.vision_config
-    if inner.config.model_type == "gemma3":
-        pixels = torch.zeros(pictures, 3, vision.image_size, vision.image_size)
-        return inner.get_image_features(pixels).pooler_output
-    # Gemma 4 strips padding by value, so its tower runs piece by piece.
-    patches = tokens * vision.pooling_kernel_size**2
+def _see(inner: PreTrainedModel, pictures: int, tokens: int, vision: str) -> torch.Tensor:
+    """What one picture of each sequence becomes, through the projector that learns or does not."""
+    tower, gemma3 = inner.vision_tower, inner.config.model_type == "gemma3"
+    trains = any(parameter.requires_grad for parameter in tower.parameters())
+    if vision == "cached" and not trains:
+        seen = torch.zeros(pictures, tokens, inner.config.vision_config.hidden_size, dtype=inner.dtype)
+    else:
+        with torch.set_grad_enabled(trains or vision == "stock"):
+            seen = _look_gemma3(tower, pictures) if gemma3 else _look_gemma4(tower, pictures, tokens)
+    if not gemma3:
+        return inner.embed_vision(inputs_embeds=seen)
+    projector = inner.multi_modal_projector
+    if seen.shape[1] != tokens:
+        return projector(seen)  # which pools
+    return projector.mm_soft_emb_norm(seen) @ projector.mm_input_projection_weight
+
+
+def _look_gemma3(tower: nn.Module, pictures: int) -> torch.Tensor:
+    pixels = torch.zeros(pictures, 3, tower.config.image_size, tower.config.image_size)
+    return tower(pixel_values=pixels).last_hidden_state
+
+
+def _look_gemma4(tower: nn.Module, pictures: int, tokens: int) -> torch.Tensor:
+    """Piece by piece, since the tower strips padding by value."""
+    patches = tokens * tower.config.pooling_kernel_size**2
     places = torch.zeros(pictures, patches, 2, dtype=torch.long)
-    tower = inner.vision_tower
-    pixels = torch.zeros(pictures, patches, 3 * vision.patch_size**2)
+    pixels = torch.zeros(pictures, patches, 3 * tower.config.patch_size**2)
     seen = tower.patch_embedder(pixels, places, torch.zeros(pictures, patches, dtype=torch.bool))
     mask = torch.ones(pictures, patches, dtype=torch.bool)
     seen = tower.encoder(inputs_embeds=seen, attention_mask=mask, pixel_position_ids=places).last_hidden_state
     pooled = seen.reshape(pictures, tokens, -1, seen.shape[-1]).float().mean(2)
-    return inner.embed_vision(inputs_embeds=pooled.to(seen.dtype))
+    return pooled.to(seen.dtype)
 
 
 class _Alive(TorchDispatchMode):

@@ -17,6 +17,7 @@ from data_builders.records import InputError
 from dentalgemma import __version__
 from dentalgemma.adapters import WEIGHTS
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
+from dentalgemma.models.processors import image_fit
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
@@ -86,6 +87,15 @@ def _write(
         "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
         "processes": args.world_size,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "vision": {
+            "features": "live" if trainer.live else "cached",
+            "reason": trainer.live,
+            "pictures": trainer.pictures,
+            "image_fit": image_fit(trainer.processing_class),
+        },
+        "packing": {"questions": stage.pack_questions, "texts": stage.pack_texts},
+        "memory": trainer.memory,
+        "data_wait": trainer.wait.share(),
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_step": _step_of(state.best_model_checkpoint),

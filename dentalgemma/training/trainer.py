@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +21,26 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from data_builders.records import InputError
 from dentalgemma.models.loading import check_output, find_start, keep_chain
 from dentalgemma.models.parts import adapter_config, check_trainable, part_of, parts_table
-from dentalgemma.training import checkpoints
+from dentalgemma.models.processors import set_image_fit
+from dentalgemma.training import checkpoints, memory_policy
+from dentalgemma.training.backbone import check_packing, prepare_backbone, rest_tower, supports_features
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.curves import Curves
-from dentalgemma.training.data import ChatCollator, check_pictures
+from dentalgemma.training.data import PICTURES, ChatCollator, check_pictures, count_without_images
+from dentalgemma.training.data_wait import DataWait, say_wait
+from dentalgemma.training.features import (
+    FeatureCache,
+    encode_pictures,
+    feature_key,
+    feature_root,
+    find_cache,
+    name_pictures,
+    why_not,
+)
 from dentalgemma.training.first_loss import FirstLoss
-from dentalgemma.training.lengths import LengthGroups, keep_fitting, set_epoch
+from dentalgemma.training.lengths import LengthGroups, keep_fitting, set_epoch, with_column
+from dentalgemma.training.memory import Batch
+from dentalgemma.training.packing import ImageGroups
 from dentalgemma.training.precision import check_attention
 from dentalgemma.training.proof import TrainingProof
 from dentalgemma.training.sharding import check_architecture, check_rows, wrap_decoder_layers
@@ -44,8 +60,12 @@ class StageTrainer(SFTTrainer):
         model_config: ModelConfig,
         dataset: DatasetDict,
     ) -> None:
+        set_image_fit(processor, stage.image_fit)
         self.rows = keep_fitting(dataset, processor, model.config, stage=stage, training=training)
         dataset = self.rows.dataset
+        self.stage = stage
+        if stage.pack_questions > 1:
+            check_packing(model.config)
         self.validation = prepare_validation(stage, training, dataset[stage.dataset_test_split], processor)
         patience = stage.early_stopping_patience
         self.start = find_start(model_config.model_name_or_path, model_config.model_revision)
@@ -62,7 +82,7 @@ class StageTrainer(SFTTrainer):
             train_dataset=dataset[stage.dataset_train_split],
             eval_dataset=dataset[stage.dataset_test_split],
             processing_class=processor,
-            data_collator=ChatCollator(processor),
+            data_collator=ChatCollator(processor),  # of evaluations, which stay unpacked; `encode` adds the features
             peft_config=config,
             callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)] if patience else None,
         )
@@ -78,10 +98,27 @@ class StageTrainer(SFTTrainer):
         self.add_callback(self.proof)
         self.add_callback(Curves(stage.stage))
         self.add_callback(FirstLoss(model.config))
+        self.packing_collator = ChatCollator(
+            processor, pack_questions=stage.pack_questions, pack_texts=stage.pack_texts
+        )
+        rest_tower(self.model)
+        if supports_features(self.model):
+            prepare_backbone(self.model)
+        self.live = self._must_stay_live(dataset)
+        if not self.live or stage.pack_questions > 1 or stage.memory == "auto":
+            self.train_dataset, self.eval_dataset = (
+                with_column(rows, PICTURES, name_pictures(rows)) for rows in (self.train_dataset, self.eval_dataset)
+            )
         self.settings = vars(stage) | training.to_dict() | vars(model_config)
+        self.settings["vision_features"] = "live" if self.live else "cached"
+        self.wait = DataWait(training.dataloader_num_workers, cached=not self.live)
+        self.features: FeatureCache | None = None
+        self.pictures: int | None = None
         self.stop = checkpoints.StopSignal()
         self.evaluation_due = self.stopping = False
         self.add_callback(checkpoints.StepHooks(self))
+        self.memory: dict[str, object] | None = None
+        self.plan = self._plan(model_config) if stage.memory == "auto" else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         """Train, or go on from a checkpoint that is complete and of the same run; `auto` takes the newest.
@@ -91,7 +128,13 @@ class StageTrainer(SFTTrainer):
             StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint; what follows training must not run.
         """
         self.resume = checkpoints.prepare_resume(self, resume_from_checkpoint)
+        self.encode()
+        if self.plan is not None:
+            memory_policy.confirm(self, self.plan, self.loads)
+            if self.resume.run is not None:
+                self.resume.run["configuration"] = checkpoints.describe_settings(self)
         self.started, self.seconds_before = time.monotonic(), 0.0
+        self.wait.begin()
         if self.is_world_process_zero():
             keep_chain(self.start, Path(self.args.output_dir))
             # What an earlier run in this folder recorded is not about what will be written now.
@@ -111,6 +154,57 @@ class StageTrainer(SFTTrainer):
             raise checkpoints.stopped(self)
         return output
 
+    def encode(self) -> None:
+        """Encode every picture that the cache lacks, once; a run whose tower must see live does nothing here."""
+        if self.live or self.features is not None:
+            return
+        precision = self.accelerator.mixed_precision
+        key = feature_key(self.model, self.processing_class, mixed_precision=precision)
+        cache = find_cache(feature_root(self.stage.feature_cache), key)
+        splits = [self.train_dataset, self.eval_dataset]
+        encode_pictures(cache, splits, self.model, self.processing_class, self.accelerator)
+        self.pictures = len({name for rows in splits for names in rows[PICTURES][:] for name in names})
+        self.features = self.data_collator.features = self.packing_collator.features = cache
+        # Their bytes need not be read any more; what is compared on resume are their names.
+        self.train_dataset, self.eval_dataset = (
+            rows.remove_columns("images") if "images" in rows.column_names else rows for rows in splits
+        )
+
+    def _plan(self, model_config: ModelConfig) -> memory_policy.Plan:
+        """Choose micro-batch and checkpointing by the longest row and the most pictures of any."""
+        lengths = self.rows.lengths[self.stage.dataset_train_split]
+        pictures = [tuple(names) for names in self.train_dataset[PICTURES][:]]
+        rows = memory_policy.Rows(lengths, pictures, questions=self.stage.pack_questions)
+        longest = self._measure(max(range(len(lengths)), key=lengths.__getitem__))
+        seen = self._measure(max(range(len(pictures)), key=lambda number: len(pictures[number])))
+        row = replace(longest, images=max(longest.images, seen.images, key=sum))
+        vision = "live" if self.live else "cached"
+        # Every question shares one picture at least.
+        self.loads = rows._replace(shared=row.images[0] if row.images else 0)
+        return memory_policy.settle(
+            self, row, self.loads, model_config=model_config, trains=self.stage.trains, vision=vision
+        )
+
+    def _measure(self, number: int) -> Batch:
+        return memory_policy.measure_row(self.train_dataset[number], self.processing_class)
+
+    def _must_stay_live(self, dataset: DatasetDict) -> str | None:
+        """Why the tower must see each picture anew, None where its features are cached.
+
+        Raises:
+            InputError: when cached features were asked for and cannot be.
+        """
+        if self.stage.vision_features == "live":
+            return "vision_features: live"
+        if all(count_without_images(rows) == len(rows) for rows in (self.train_dataset, self.eval_dataset)):
+            return "there are no images"
+        reason = why_not(self.model, self.processing_class, dataset)
+        if reason and self.stage.vision_features == "cached":
+            raise InputError(f"vision_features: cached: {reason}; set `vision_features: live`")
+        if reason and self.is_world_process_zero():
+            Console(stderr=True).print(f"The tower sees each picture anew in every step: {reason}")
+        return reason
+
     def must_stop(self) -> bool:
         """Whether a signal came to any process; all processes ask together."""
         if self.stop.name:
@@ -125,8 +219,24 @@ class StageTrainer(SFTTrainer):
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """Evaluate without a trace in the random states: what is trained after it stays the same."""
+        self.encode()
         with checkpoints.unchanged_randomness():
             return super().evaluate(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of one step; how long they let it wait is counted."""
+        warning = self.wait.end_step()
+        if self.is_world_process_zero():
+            say_wait(warning)
+        return super().get_batch_samples(self.wait.watch(epoch_iterator), num_batches, device)
+
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """Log, with the share of the time that training waited for its data."""
+        if "loss" in logs:
+            logs["data_wait"] = self.wait.take_share()
+        super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, **kwargs: object) -> None:
         if checkpoints.is_finished(self):
@@ -169,21 +279,30 @@ class StageTrainer(SFTTrainer):
     def _load_callback_state(self) -> None:
         checkpoints.restore_state(self)
 
-    def _get_dataloader(self, *args: object, **kwargs: object) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: object, is_training: bool = False, **kwargs: object) -> DataLoader:
+        for_evaluation = self.data_collator
+        if is_training:
+            self.data_collator = self.packing_collator
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = for_evaluation
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = partial(checkpoints.ignore_signals, inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroups(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            self.train_dataset[self.args.length_column_name][:],
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        order = {
+            "seed": self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            "epoch": lambda: int(self.state.epoch or 0),
+        }
+        if self.args.train_sampling_strategy == "group_by_length":
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroups(rows, self.train_dataset[self.args.length_column_name][:], **order)
+        if self.args.train_sampling_strategy == "random" and self.stage.pack_questions > 1:
+            pictures = [tuple(names) for names in self.train_dataset[PICTURES][:]]
+            return ImageGroups(self.args.train_batch_size, pictures, questions=self.stage.pack_questions, **order)
+        return super()._get_train_sampler(train_dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None

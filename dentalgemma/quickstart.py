@@ -44,9 +44,9 @@ COMMON = {
 }
 STAGE1 = {
     "--learning_rate": 3e-3,
-    "--max_steps": 700,
-    "--eval_steps": 175,
-    "--save_steps": 175,
+    "--max_steps": 600,
+    "--eval_steps": 150,
+    "--save_steps": 150,
     "--lora_dropout": 0,
     "--pack_questions": 4,
 }

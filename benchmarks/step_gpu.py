@@ -82,6 +82,8 @@ class Clock(TrainerCallback):
         fetch = trainer.get_batch_samples
 
         def timed(*args: object, **kwargs: object) -> tuple:
+            if self.on_gpu:
+                torch.cuda.synchronize()  # what the GPU has still to do is no waiting for data
             start = time.perf_counter()
             try:
                 return fetch(*args, **kwargs)

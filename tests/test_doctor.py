@@ -346,6 +346,45 @@ def test_a_tower_that_trains_has_no_features(look):
     assert "features" not in live.facts
 
 
+@pytest.mark.slow
+def test_where_one_process_reads_the_weights_the_tower_stays_live(look, tmp_path):
+    shipped = (REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml").read_text()
+    texts = {
+        "false": shipped,
+        "true": shipped.replace("fsdp_cpu_ram_efficient_loading: false", "fsdp_cpu_ram_efficient_loading: true"),
+        "unsaid": "".join(line for line in shipped.splitlines(True) if "fsdp_cpu_ram_efficient_loading" not in line),
+    }
+    assert len(set(texts.values())) == 3
+    seen = {}
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text)
+        seen[name] = look(accelerate=path).facts["memory"]["vision"]
+
+    assert seen == {"false": "cached", "true": "live", "unsaid": "live"}  # accelerate's own default is true
+
+
+def test_a_row_of_many_pictures_takes_no_tokens_off_the_others(look, tmp_path):
+    """Rows of a picture share its sixteen tokens; two rows show four, which is longer than most rows."""
+    picture = Image.new("RGB", (20, 20))
+    rows = [
+        chat("What is it?", "Caries.", images=[picture] * (4 if number < 2 else 1), image_id=f"p{number // 2}")
+        for number in range(40)
+    ]
+    found = look(
+        dataset_name=make_dataset(tmp_path / "data", rows),
+        pack_questions=2,
+        per_device_train_batch_size=4,
+        memory="fixed",
+        throughput=None,
+    )
+    lengths, time = found.facts["lengths"]["train"], found.facts["time"]
+
+    assert found.facts["memory"]["batch"]["tokens"] >= lengths["longest"] + lengths["shortest"] - 16
+    assert time["tflop_per_row"] > 0
+    assert time["rows_per_second"] > 0
+
+
 def test_memory_auto_shows_what_the_run_would_choose(look):
     """Four rows a step, as the recipe has it one by one with checkpointing; the small model has room for all."""
     found = look(memory="auto", per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -665,3 +704,19 @@ def test_a_rehearsal_runs_where_a_sampled_metric_chooses_the_best_step(vqa_datas
 def test_a_family_without_a_small_model_cannot_be_rehearsed():
     with pytest.raises(InputError, match="no small model of the family 'qwen3_vl'"):
         rehearse(STAGE1, [], "qwen3_vl")
+
+
+def test_features_that_have_no_folder_to_lie_in_are_told(look, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    assert look(feature_cache=tmp_path / "folder").refusals == []
+    assert "no folder that can be written to" in look(feature_cache=tmp_path / "file").refusals[0]
+
+
+def test_pictures_count_by_what_they_show_and_not_by_what_they_are_called(look, tmp_path):
+    pictures = [Image.new("RGB", (20, 20), (shade, 0, 0)) for shade in (10, 200)]
+    rows = [
+        chat("What is it?", "Caries.", images=[pictures[number % 2]], image_id=f"p{number}") for number in range(40)
+    ]
+
+    assert look(dataset_name=make_dataset(tmp_path / "data", rows)).facts["features"]["pictures"] == 2

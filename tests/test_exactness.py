@@ -23,7 +23,9 @@ from dentalgemma.models.processors import load_processor
 from dentalgemma.training import backbone as hook
 from dentalgemma.training.backbone import backbone_of, make_masks, prepare_backbone
 from dentalgemma.training.data import PICTURES, ChatCollator
-from dentalgemma.training.features import FeatureCache, encode_pictures, feature_key, name_pictures
+from dentalgemma.training.encoding import encode_pictures
+from dentalgemma.training.features import FeatureCache, feature_key
+from dentalgemma.training.picture_names import name_pictures
 
 SAME = 1e-5  # of the largest gradient: the same sums in another order
 WRONG = 1e-2
@@ -83,8 +85,8 @@ def rows(vqa_dataset):
 def batches(rows, load, processor, tmp_path_factory):
     """The rows as a batch with pixels, with stored features, and with stored features and shared pictures."""
     model = load()
-    cache = FeatureCache(tmp_path_factory.mktemp("features"), feature_key(model, processor, mixed_precision=False))
-    encode_pictures(cache, [rows], model, processor, Accelerator(cpu=True))
+    cache = FeatureCache(tmp_path_factory.mktemp("features"), feature_key(model, processor, mixed_precision="no"))
+    encode_pictures(cache, [rows], model=model, processor=processor, accelerator=Accelerator(cpu=True))
     collators = {
         "live": ChatCollator(processor),
         "cached": ChatCollator(processor, cache),

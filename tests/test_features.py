@@ -1,12 +1,15 @@
 """The feature cache: exact, shared, resumable, and refused where anything that features depend on is another."""
 
 import copy
+import errno
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from datasets import Dataset, Features, Image, List, Value, load_dataset
-from feature_cases import SHARD, build
+from feature_cases import BLOCK, SHARD, build
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PillowImage
@@ -32,19 +36,12 @@ from torch.utils.data import DataLoader
 
 from dentalgemma.models.loading import load_pretrained
 from dentalgemma.models.processors import set_image_fit
-from dentalgemma.training import feature_cache, features
-from dentalgemma.training.data import ChatCollator, DatasetError
-from dentalgemma.training.features import (
-    PICTURES,
-    CacheError,
-    FeatureCache,
-    encode_pictures,
-    feature_key,
-    feature_root,
-    find_cache,
-    name_pictures,
-    why_not,
-)
+from dentalgemma.training import encoding, feature_cache
+from dentalgemma.training.data import PICTURES, ChatCollator, DatasetError
+from dentalgemma.training.encoding import encode_pictures
+from dentalgemma.training.feature_cache import CacheError
+from dentalgemma.training.features import FeatureCache, feature_key, feature_root, find_cache, why_not
+from dentalgemma.training.picture_names import name_pictures
 
 KEY = {"format": 1, "stored": "bfloat16", "width": 8}
 LANGUAGE = r".*language_model.*\.q_proj"
@@ -108,8 +105,8 @@ def named(rows):
 
 
 def encoded(root, rows, model, processor, accelerator):
-    cache = find_cache(root, feature_key(model, processor, mixed_precision=False))
-    encode_pictures(cache, [rows], model, processor, accelerator)
+    cache = find_cache(root, feature_key(model, processor, mixed_precision="no"))
+    encode_pictures(cache, [rows], model=model, processor=processor, accelerator=accelerator)
     return cache
 
 
@@ -171,10 +168,8 @@ def test_an_adapter_and_a_trained_projector_change_no_feature(projector, gemma3,
     adapted = get_peft_model(model, LoraConfig(target_modules=LANGUAGE, modules_to_save=projector or None))
     rows = named(some_rows())
 
-    assert why_not(adapted, processor, rows) is None
-    assert feature_key(adapted, processor, mixed_precision=False) == feature_key(
-        plain, processor, mixed_precision=False
-    )
+    assert why_not(adapted, processor, datasets=[rows]) is None
+    assert feature_key(adapted, processor, mixed_precision="no") == feature_key(plain, processor, mixed_precision="no")
     first = encoded(tmp_path / "a", rows, adapted, processor, accelerator)
     second = encoded(tmp_path / "b", rows, plain, processor, accelerator)
     names = [name for row in rows[PICTURES] for name in row]
@@ -197,9 +192,9 @@ def test_encoding_leaves_no_trace_in_the_model_and_the_random_states(family, tmp
 
 def test_a_run_in_bf16_stores_bf16(gemma3, tmp_path, accelerator):
     model, processor = gemma3
-    assert feature_key(model, processor, mixed_precision=False)["stored"] == "float32"
+    assert feature_key(model, processor, mixed_precision="no")["stored"] == "float32"
     assert feature_key(model, processor, mixed_precision="fp16")["stored"] == "float32"
-    assert feature_key(model, processor, mixed_precision=True)["stored"] == "bfloat16"
+    assert feature_key(model, processor, mixed_precision="bf16")["stored"] == "bfloat16"
 
     rows = named(some_rows())
     model.bfloat16()
@@ -221,7 +216,7 @@ def test_the_tower_runs_in_the_precision_that_training_has_it_in(gemma3, tmp_pat
         wait_for_everyone=accelerator.wait_for_everyone,
     )
     cache = find_cache(tmp_path, feature_key(model, processor, mixed_precision="bf16"))
-    encode_pictures(cache, [rows], model, processor, mixed)
+    encode_pictures(cache, [rows], model=model, processor=processor, accelerator=mixed)
     batch = ChatCollator(processor)(list(rows))
     with torch.autocast("cpu", torch.bfloat16):
         live = live_features(model, batch)
@@ -268,12 +263,29 @@ def test_names_survive_blocks_slices_and_rows_without_images():
 
 def test_a_picture_that_is_gone_or_broken_names_its_row(gemma3, tmp_path, accelerator):
     gone = rows_of([picture(0)], [{"bytes": None, "path": str(tmp_path / "gone.png")}])
-    with pytest.raises(DatasetError, match=r"row r1: a picture cannot be read: .*gone\.png"):
+    with pytest.raises(DatasetError, match=r"row r1: image 1 cannot be read: .*gone\.png"):
         name_pictures(gone)
     cut = picture(1)
     whole = rows_of([picture(0)], [{**cut, "bytes": cut["bytes"][:2000]}])
     with pytest.raises(DatasetError, match=r"row r1: image 1 cannot be read: .*truncated"):
         encoded(tmp_path, whole, *gemma3, accelerator)
+
+
+@pytest.mark.parametrize("ids", ["no column", "no value"])
+def test_without_row_ids_a_bad_picture_is_named_by_the_place_of_its_row(ids, gemma3, tmp_path, accelerator):
+    """In the split as it is stored, also where rows before it were left out."""
+    gone, cut = {"bytes": None, "path": str(tmp_path / "gone.png")}, picture(1)
+    for fault, bad in {"No such file": gone, "truncated": cut | {"bytes": cut["bytes"][:2000]}}.items():
+        rows = rows_of([picture(0)], [], [picture(0), bad]).remove_columns("row_id")
+        if ids == "no value":
+            rows = rows.add_column("row_id", [""] * 3)
+        for split in (rows, rows.select([2, 0])):
+            sentence = (
+                rf"^a row without row_id \(row 2 of the split, counted from 0\): image 2 cannot be read: .*{fault}"
+            )
+            with pytest.raises(DatasetError, match=sentence) as refused:
+                encoded(tmp_path, split, *gemma3, accelerator)
+            assert refused.value.exit_code == 2
 
 
 # The folder
@@ -392,9 +404,78 @@ def test_a_full_disk_while_writing_leaves_no_trace(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(feature_cache, "save_file", write_half)
-    with pytest.raises(CacheError, match=r"no space left .* make room and start again \(what is written stays\)"):
+    sentence = r"written to .*: \[Errno 28\] No space left on device; make room, .* \(what is written stays\)"
+    with pytest.raises(CacheError, match=sentence):
         cache.write(some_features())
     assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+
+
+def test_a_limit_on_the_size_of_files_is_said_as_the_system_says_it(tmp_path):
+    cache = FeatureCache(tmp_path, KEY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(
+            CacheError, match=r"written to .*: .*File too large.*; make room, or lift the limit"
+        ) as refused:
+            cache.write(some_features(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "No space" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+
+
+def flip(shard, place):
+    """Turn over one bit of a file that stays as long as it was."""
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.unlink()  # a map of the old file stays as it was
+    shard.write_bytes(content)
+
+
+def test_values_that_are_not_as_they_were_written_are_refused(tmp_path):
+    written = some_features()
+    cache = FeatureCache(tmp_path, KEY)
+    cache.write(written)
+    (shard,) = cache.shards
+    flip(shard, -1)
+    again = FeatureCache(tmp_path, KEY)
+    whole, lost = 0, []
+    for name in written:
+        try:
+            whole += torch.equal(again.read([name]), written[name])
+        except CacheError as error:
+            lost.append(str(error))
+
+    assert len(again) == 6
+    assert whole == 5
+    assert len(lost) == 1
+    assert re.search(rf"{shard} is damaged: picture 0.* is not as it was written; delete this file and start", lost[0])
+    shard.unlink()
+    FeatureCache(tmp_path, KEY).write(written)
+    assert torch.equal(FeatureCache(tmp_path, KEY).read(list(written)), torch.cat(list(written.values())))
+
+
+def test_each_picture_is_compared_once_in_a_process(tmp_path, monkeypatch):
+    written = some_features()
+    FeatureCache(tmp_path, KEY).write(written)
+    cache, compared, real = FeatureCache(tmp_path, KEY), [], zlib.crc32
+    monkeypatch.setattr(feature_cache.zlib, "crc32", lambda content: compared.append(1) or real(content))
+    for _ in range(3):
+        cache.read([*written, *written])
+
+    assert len(compared) == 6
+
+
+def test_other_values_of_the_same_pictures_take_no_ones_place(tmp_path):
+    """Two runs on other GPUs may differ in the last bit; who reads the first shard goes on reading it."""
+    first, second = FeatureCache(tmp_path, KEY), FeatureCache(tmp_path, KEY)
+    first.write(some_features())
+    second.write(some_features(seed=1))
+
+    names = list(some_features())
+    assert torch.equal(first.read(names), torch.cat(list(some_features().values())))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 # What features depend on
@@ -435,7 +516,7 @@ def test_a_cache_of_other_features_is_refused_with_the_reason(change, gemma3, tm
     cache = encoded(tmp_path, some_rows(), model, processor, accelerator)
     alter, reasons = CHANGES[change]
     alter(model, processor)
-    key = feature_key(model, processor, mixed_precision=False)
+    key = feature_key(model, processor, mixed_precision="no")
     capsys.readouterr()
 
     with pytest.raises(CacheError) as refused:
@@ -463,7 +544,7 @@ def test_the_same_model_loaded_anew_finds_its_cache(family, tiny_model, tiny_gem
         set_image_fit(processor_again, "stretch")
     capsys.readouterr()
 
-    found = find_cache(tmp_path, feature_key(again, processor_again, mixed_precision=False))
+    found = find_cache(tmp_path, feature_key(again, processor_again, mixed_precision="no"))
     assert found.folder == cache.folder
     assert len(found) == 3
     assert capsys.readouterr().err == ""
@@ -473,8 +554,50 @@ def test_precision_of_the_run_is_part_of_the_key(gemma3):
     keys = [feature_key(*gemma3, mixed_precision=mixed) for mixed in ("no", "bf16", "fp16")]
 
     assert [key["precision.autocast"] for key in keys] == ["no", "bf16", "fp16"]
-    assert feature_key(*gemma3, mixed_precision=True) == keys[1]
     assert all(key == json.loads(json.dumps(key)) for key in keys)
+
+
+def test_the_software_that_made_the_features_is_part_of_the_key(gemma3, tmp_path, accelerator, monkeypatch, capsys):
+    model, processor = gemma3
+    cache = encoded(tmp_path, some_rows(), model, processor, accelerator)
+    version = importlib.metadata.version
+    later = {"transformers": "5.99.1", "Pillow": "99.8.7", "torchvision": "99.8.7"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: later.get(name) or version(name))
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        key = feature_key(model, processor, mixed_precision="no")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    capsys.readouterr()
+    find_cache(tmp_path, key)
+    said = capsys.readouterr().err
+
+    library = {"pil": "Pillow"}.get(processor.image_processor.backend, processor.image_processor.backend)
+    short = [".".join(version(name).split(".")[:2]) for name in ("transformers", library)]
+    assert f"transformers is {short[0]} there and 5.99 here" in said
+    assert f"resized_by is {library} {short[1]} there and {library} 99.8 here" in said
+    assert "tf32 is False there and True here" in said
+    assert str(cache.folder) in said
+
+
+def test_where_torchvision_resizes_its_version_counts(gemma3, monkeypatch):
+    model, processor = gemma3
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.29.1+cpu")
+    monkeypatch.setattr(type(processor.image_processor), "backend", "torchvision")
+
+    assert feature_key(model, processor, mixed_precision="no")["resized_by"] == "torchvision 0.29"
+
+
+@pytest.mark.parametrize(("release", "features_stay"), [("5.23.9", True), ("5.24.0", False)])
+def test_a_release_that_only_mends_keeps_the_cache(release, features_stay, gemma3, monkeypatch):
+    version = importlib.metadata.version
+
+    def key_under(transformers):
+        known = {"transformers": transformers}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: known.get(name) or version(name))
+        return feature_key(*gemma3, mixed_precision="no")
+
+    assert (key_under("5.23.0") == key_under(release)) == features_stay
 
 
 def test_of_other_caches_three_are_named_the_most_alike_first(tmp_path, capsys):
@@ -488,6 +611,38 @@ def test_of_other_caches_three_are_named_the_most_alike_first(tmp_path, capsys):
 
     assert [line.count("field") for line in lines] == [1, 2, 3]
     assert lines[0].endswith("is not used: field0 is 0 there and not set here")
+
+
+def test_of_many_differences_four_are_named(tmp_path, capsys):
+    other = find_cache(tmp_path, KEY | {f"field{number}": number for number in range(41)})
+    other.write(some_features(1))
+    find_cache(tmp_path, KEY)
+    (line,) = capsys.readouterr().err.splitlines()
+    with pytest.raises(CacheError) as refused:
+        FeatureCache(other.folder, KEY)
+
+    for said in (line, str(refused.value)):
+        assert said.count("field") == 4
+        assert "not set here; and 37 more" in said
+
+
+def test_caches_of_another_family_are_not_spoken_of(tmp_path, capsys):
+    for family in ("gemma3", "gemma4"):
+        find_cache(tmp_path, KEY | {"family": family, "size": 1}).write(some_features(1))
+    capsys.readouterr()
+    find_cache(tmp_path, KEY | {"family": "gemma4", "size": 2})
+
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_folder_that_is_itself_a_cache_is_refused(tmp_path):
+    cache = find_cache(tmp_path, KEY)
+
+    with pytest.raises(
+        CacheError, match=rf"{cache.folder} is itself a cache: give the folder that it lies in, {tmp_path}$"
+    ):
+        feature_root(str(cache.folder))
+    assert feature_root(str(tmp_path)) == tmp_path
 
 
 def test_a_shard_of_another_cache_is_refused(tmp_path):
@@ -514,9 +669,9 @@ def test_the_size_is_said_beforehand_and_what_is_there_is_not_computed_again(gem
     rows = named(some_rows())
     cache = encoded(tmp_path, rows.select([0, 1]), model, processor, accelerator)
     one, *_ = capsys.readouterr().err.splitlines()
-    encode_pictures(cache, [rows], model, processor, accelerator)
+    encode_pictures(cache, [rows], model=model, processor=processor, accelerator=accelerator)
     two, *_ = capsys.readouterr().err.splitlines()
-    encode_pictures(cache, {"train": rows, "validation": rows}, model, processor, accelerator)
+    encode_pictures(cache, [rows, rows], model=model, processor=processor, accelerator=accelerator)
     three = capsys.readouterr().err.splitlines()
 
     size = 16 * 128 * 4 / 2**20  # tokens, width and bytes of a number
@@ -543,11 +698,24 @@ def test_too_small_a_disk_is_one_sentence_before_any_work(gemma3, tmp_path, acce
     model, processor = gemma3
     seen = count_encoded(model)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
 
     with pytest.raises(CacheError, match=r"the features take 0\.02 MiB, .* has 0\.00 MiB free: make room"):
         encoded(tmp_path, some_rows(), model, processor, accelerator)
     assert not seen
+
+
+def test_progress_with_the_time_left_shows_in_a_log_file_while_it_is_made(gemma3, tmp_path, accelerator, capsys):
+    model, processor = gemma3
+    said = []
+
+    def watch(*_):
+        time.sleep(0.15)  # the bar moves every 0.1 s
+        said.append(capsys.readouterr().err)
+
+    model.model.vision_tower.register_forward_pre_hook(watch)
+    encoded(tmp_path, some_rows(), model, processor, accelerator)
+    assert re.search(r"Encoding pictures: +67%.* 2/3 \[00:0\d<00:0\d, .* pictures", said[2])  # while it does the third
 
 
 def test_rows_without_pictures_need_no_word(gemma3, tmp_path, accelerator, capsys):
@@ -558,14 +726,35 @@ def test_rows_without_pictures_need_no_word(gemma3, tmp_path, accelerator, capsy
 
 
 def test_a_slow_build_writes_what_it_has_every_minute(gemma3, tmp_path, accelerator, monkeypatch):
-    monkeypatch.setattr(features, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(encoding, "SHARD_SECONDS", 0.0)
 
     assert len(encoded(tmp_path, some_rows(), *gemma3, accelerator).shards) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no header", "another shape"])
+def with_header(header):
+    text = json.dumps(header).encode()
+    return lambda _: len(text).to_bytes(8, "little") + text
+
+
+DAMAGES = {
+    "cut short": lambda content: content[:-1],
+    "no header": lambda content: b"\xff" * len(content),
+    "another shape": lambda content: content.replace(b"[16,128]", b"[8,256] "),
+    "empty": lambda _: b"",
+    "a list": with_header([1]),
+    "a list for a picture": with_header({"a": [1]}),
+    "no key": with_header({"__metadata__": {"format": "pt"}}),
+    "a list for a key": with_header({"__metadata__": {"key": "[1]"}}),
+    "a number for a key": with_header({"__metadata__": {"key": 1}}),
+    "no checksums": lambda content: content.replace(b"crc32", b"crc64"),
+    "another name in the checksums": lambda content: re.sub(rb'(crc32":"\{\\").', rb"\1?", content),
+    "words for metadata": with_header({"__metadata__": "key"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_found_said_and_encoded_again(damage, gemma3, tmp_path, accelerator, monkeypatch, capsys):
-    monkeypatch.setattr(features, "SHARD_PICTURES", 1)
+    monkeypatch.setattr(encoding, "SHARD_PICTURES", 1)
     model, processor = gemma3
     seen = count_encoded(model)
     rows = named(some_rows())
@@ -573,28 +762,126 @@ def test_a_damaged_shard_is_found_said_and_encoded_again(damage, gemma3, tmp_pat
     names = list(dict.fromkeys(name for row in rows[PICTURES] for name in row))
     whole = cache.read(names).clone()
     shard, content = cache.shards[1], cache.shards[1].read_bytes()
-    damaged = {
-        "cut short": content[:-1],
-        "no header": b"\xff" * len(content),
-        "another shape": content.replace(b"[16,128]", b"[8,256] "),
-    }
     shard.unlink()  # a map of the old file stays as it was
-    shard.write_bytes(damaged[damage])
+    shard.write_bytes(DAMAGES[damage](content))
 
     assert len(FeatureCache(cache.folder, cache.key)) == 2
     again = encoded(tmp_path, rows, model, processor, accelerator)
-    assert f"Feature cache: {shard.name} is deleted and its pictures are encoded again: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"Feature cache: {shard.name} is set aside as *.damaged, its pictures are encoded again: " in said
+    assert shard.with_name(f"{shard.name}.damaged").read_bytes() == DAMAGES[damage](content)
     assert len(seen) == 4
     assert torch.equal(again.read(names), whole)
 
 
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_shard_that_cannot_be_read_at_the_moment_stays(fault, gemma3, tmp_path, accelerator, monkeypatch):
+    model, processor = gemma3
+    cache = encoded(tmp_path, some_rows(), model, processor, accelerator)
+    before = {path: path.read_bytes() for path in cache.folder.iterdir()}
+    fail_to_open(cache.shards[0], fault, monkeypatch)
+
+    sentence = rf"cannot be read at the moment: .*{os.strerror(fault)}.*nothing of it is lost: .*--vision_features live"
+    with pytest.raises(CacheError, match=sentence):
+        encoded(tmp_path, some_rows(), model, processor, accelerator)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in cache.folder.iterdir()} == before
+    assert len(FeatureCache(cache.folder, cache.key)) == 3
+
+
+def fail_to_open(shard, fault, monkeypatch):
+    real = Path.open
+
+    def fail(path, *args, **kwargs):
+        if path == shard:
+            raise OSError(fault, os.strerror(fault), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+def test_a_shard_that_another_run_sets_aside_meanwhile_is_simply_missing(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, KEY)
+    cache.write(some_features())
+    fail_to_open(cache.shards[0], errno.ENOENT, monkeypatch)
+
+    again = FeatureCache(tmp_path, KEY)
+    assert (len(again), again.damaged) == (0, {})
+
+
+def test_a_shard_that_another_run_has_mended_meanwhile_stays(gemma3, tmp_path, accelerator, capsys):
+    model, processor = gemma3
+    cache = encoded(tmp_path, some_rows(), model, processor, accelerator)
+    shard, content = cache.shards[0], cache.shards[0].read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-1])
+    late = FeatureCache(cache.folder, cache.key)
+    assert list(late.damaged) == [shard]
+    shard.write_bytes(content)
+    capsys.readouterr()
+    encode_pictures(late, [some_rows()], model=model, processor=processor, accelerator=accelerator)
+
+    assert "3 pictures, all there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"{", b"\xff"])
+def test_a_key_file_that_holds_no_key_is_one_sentence_with_a_remedy(content, tmp_path):
+    FeatureCache(tmp_path, KEY).write(some_features())
+    (tmp_path / "key.json").write_bytes(content)
+
+    sentence = r"its key\.json is damaged \(.*\); delete it, or the whole folder, and start again, give another"
+    with pytest.raises(CacheError, match=sentence):
+        FeatureCache(tmp_path, KEY)
+    (tmp_path / "key.json").unlink()
+    assert len(FeatureCache(tmp_path, KEY)) == 6
+
+
+def test_a_folder_that_shows_late_what_others_wrote_is_waited_for(tmp_path, monkeypatch):
+    """NFS lists what another machine wrote up to a minute later; here the third look finds it."""
+    written = some_features()
+    cache = FeatureCache(tmp_path / "cache", KEY)
+    FeatureCache(tmp_path / "cache", KEY).write(written)
+    (shard,) = (tmp_path / "cache").glob("*.safetensors")
+    hidden, pauses = tmp_path / "hidden", []
+    shard.rename(hidden)
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            hidden.rename(shard)
+
+    monkeypatch.setattr(encoding.time, "sleep", sleep)
+    assert encoding.wait_for(cache, list(written)) == (0, None)
+    assert pauses == pytest.approx([0.1, 0.2, 0.4])
+
+
+def test_patience_with_a_folder_ends(tmp_path, monkeypatch):
+    """After 90 seconds; a shard that cannot be read is waited for like one that is not listed, and is the reason."""
+    written, now = some_features(), [0.0]
+    monkeypatch.setattr(encoding.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(encoding.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    cache = FeatureCache(tmp_path, KEY)
+    assert encoding.wait_for(cache, list(written)) == (6, None)
+    assert now[0] == pytest.approx(90)
+
+    FeatureCache(tmp_path, KEY).write(written)
+    (shard,) = tmp_path.glob("*.safetensors")
+    fail_to_open(shard, errno.ESTALE, monkeypatch)
+    lacking, fault = encoding.wait_for(cache, list(written))
+    assert lacking == 6
+    assert "cannot be read at the moment" in fault
+    monkeypatch.undo()
+    assert encoding.wait_for(cache, list(written)) == (0, None)
+
+
 def test_only_unfinished_files_that_nobody_writes_any_more_are_deleted(gemma3, tmp_path, accelerator):
-    cache = find_cache(tmp_path, feature_key(*gemma3, mixed_precision=False))
+    cache = find_cache(tmp_path, feature_key(*gemma3, mixed_precision="no"))
     old, new = cache.folder / ".a.part", cache.folder / ".b.part"
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, time.time() - 7200))
-    encode_pictures(cache, [some_rows()], *gemma3, accelerator)
+    model, processor = gemma3
+    encode_pictures(cache, [some_rows()], model=model, processor=processor, accelerator=accelerator)
 
     assert not old.exists()
     assert new.exists()
@@ -646,8 +933,9 @@ def test_two_processes_build_the_cache_that_one_builds(built_elsewhere, alone):
     assert len(names) == len(together) == len(cache) == 40
     for name in names:
         assert torch.equal(together.read([name]), cache.read([name]))
-    assert errors["two"].count("Feature cache: ") == 1  # only the first process speaks
+    assert errors["two"].count(f"Feature cache: {len(names)} pictures to encode") == 1  # only the first process speaks
     half = -(-len(names) // 2)
+    assert errors["two"].count(f" 0/{half} [") == 1
     assert len(together.shards) == 2 * -(-half // SHARD)  # each wrote its own share
 
 
@@ -663,17 +951,48 @@ def test_a_killed_build_goes_on_with_what_is_missing(built_elsewhere, alone, tin
     assert torch.equal(resumed.read(names), cache.read(names))
 
 
-def test_processes_that_hold_other_weights_or_folders_are_told(gemma3, tmp_path, accelerator, monkeypatch):
-    cache = find_cache(tmp_path, feature_key(*gemma3, mixed_precision=False))
-    other = cache.key | {"tower.weights": "0" * 64}
-    with monkeypatch.context() as patch:
-        patch.setattr(features, "gather_object", lambda entries: [*entries, other])
-        with pytest.raises(CacheError, match=r"the processes would encode differently: tower\.weights is 0000"):
-            encode_pictures(cache, [some_rows()], *gemma3, accelerator)
-    answers = iter([[cache.key] * 2, [0, 3]])
-    monkeypatch.setattr(features, "gather_object", lambda _: next(answers))
-    with pytest.raises(CacheError, match=r"process 1 does not see 3 of 3 pictures: all processes must share one"):
-        encode_pictures(cache, [some_rows()], *gemma3, accelerator)
+@pytest.fixture(scope="module")
+def processes(built_elsewhere):
+    """What each of the two processes saw besides."""
+    folder, *_ = built_elsewhere
+    return [json.loads((folder / "two" / f"process{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_share_the_hashing_and_know_all_names(processes, vqa_dataset):
+    rows = load_dataset(str(vqa_dataset))["train"]
+    first, second = (seen["names"] for seen in processes)
+
+    assert first["names"] == second["names"] == name_pictures(rows.shuffle(seed=0))
+    assert sorted(first["hashed"] + second["hashed"]) == list(range(len(rows)))
+    assert abs(len(first["hashed"]) - len(second["hashed"])) <= BLOCK
+
+
+def test_processes_that_hold_other_rows_name_their_own(processes, vqa_dataset):
+    rows = load_dataset(str(vqa_dataset))["train"]
+
+    for rank, seen in enumerate(processes):
+        assert seen["names of other rows"]["names"] == name_pictures(rows.select(range(9 + rank)))
+        assert seen["names of other rows"]["hashed"] == list(range(9 + rank))
+
+
+def test_a_picture_that_one_process_cannot_read_stops_all_and_is_said_once(processes):
+    assert [seen["gone"]["said_elsewhere"] for seen in processes] == [False, True]
+    for seen in processes:
+        assert seen["gone"]["kind"] == "DatasetError"
+        assert "image 1 cannot be read: [Errno 2] No such file or directory: 'gone.png'" in seen["gone"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("weights", r"the processes would encode differently: tower\.weights is [0-9a-f]{10}… there and "),
+        ("folders", r"process \d does not see \d+ of \d+ pictures: all processes must share one --feature_cache"),
+    ],
+)
+def test_processes_that_hold_other_weights_or_folders_are_told_once(fault, sentence, processes):
+    assert [seen[fault]["said_elsewhere"] for seen in processes] == [False, True]
+    for seen in processes:
+        assert re.search(sentence, seen[fault]["text"])
 
 
 # When a run must stay live
@@ -682,14 +1001,14 @@ def test_processes_that_hold_other_weights_or_folders_are_told(gemma3, tmp_path,
 def test_nothing_speaks_against_a_frozen_tower(family):
     model, processor = family
 
-    assert why_not(model, processor, some_rows()) is None
-    assert why_not(model.train(), processor, {"train": some_rows(), "validation": named(some_rows())}) is None
+    assert why_not(model, processor, datasets=[some_rows()]) is None
+    assert why_not(model.train(), processor, datasets=[some_rows(), named(some_rows())]) is None
 
 
 def test_a_tower_that_trains_stays_live(family):
     model, processor = family
     adapted = get_peft_model(model, LoraConfig(target_modules=r".*vision_tower.*(fc1|q_proj\.linear)", r=2))
-    reason = why_not(adapted, processor, some_rows())
+    reason = why_not(adapted, processor, datasets=[some_rows()])
 
     assert reason.startswith("the vision tower trains (")
     assert "its features change with every step" in reason
@@ -699,7 +1018,7 @@ def test_rows_that_are_changed_when_read_stay_live(gemma3):
     rows = some_rows()
     rows.set_transform(lambda batch: batch)
 
-    assert "set_transform" in why_not(*gemma3, {"train": some_rows(), "validation": rows})
+    assert "set_transform" in why_not(*gemma3, datasets=[some_rows(), rows])
 
 
 @pytest.mark.parametrize("source", ["python", "numpy", "own"])
@@ -715,25 +1034,28 @@ def test_an_image_processor_that_augments_stays_live(source, gemma3):
             return super().preprocess([image.rotate(180) if turned else image for image in images], **options)
 
     processor.image_processor.__class__ = Augmenting
-    assert "other pixels for the same picture" in why_not(model, processor, some_rows())
+    assert "other pixels for the same picture" in why_not(model, processor, datasets=[some_rows()])
 
 
 def test_a_tower_without_its_weights_stays_live(gemma3):
     model, processor = gemma3
     model.model.vision_tower.to("meta")
 
-    assert "not every process has the tower's weights" in why_not(model, processor, some_rows())
+    assert "not every process has the tower's weights" in why_not(model, processor, datasets=[some_rows()])
 
 
 def test_a_tower_cut_up_by_zero_3_stays_live(gemma3):
     model, processor = gemma3
     next(model.model.vision_tower.parameters()).ds_id = 1
 
-    assert "ZeRO-3" in why_not(model, processor, some_rows())
+    assert "ZeRO-3" in why_not(model, processor, datasets=[some_rows()])
 
 
 def test_a_family_that_takes_no_features_stays_live(gemma3):
     model, processor = gemma3
     model.config.model_type = model.model.config.model_type = "mllama"
 
-    assert why_not(model, processor, some_rows()) == "models of family mllama do not take features in place of pixels"
+    assert (
+        why_not(model, processor, datasets=[some_rows()])
+        == "models of family mllama do not take features in place of pixels"
+    )

@@ -7,6 +7,7 @@ from trl import ModelConfig, SFTConfig
 
 from dentalgemma.models.loading import load_model
 from dentalgemma.models.parts import count_parameters
+from dentalgemma.training import memory
 from dentalgemma.training.memory import (
     GIB,
     GPUS,
@@ -198,6 +199,19 @@ def test_every_family_and_choice_of_parts_can_be_traced(request, family, trains)
         assert text_only.flops < plain.flops
     if "language_model" in trains:
         assert checkpointed.peak < plain.peak
+
+
+def test_masks_are_counted_and_kept_by_every_layer_without_checkpointing(tiny_architecture, monkeypatch):
+    """A byte for each two tokens of a sequence and kind of layer, and for each layer a number, in bf16."""
+    rows, tokens = 3, 600
+    batch, layers = Batch(rows, tokens, 50, (16,), questions=2), tiny_architecture.text_config.num_hidden_layers
+    peaks = [trace(tiny_architecture, batch, checkpointing=switch, lora_r=8).peak for switch in (False, True)]
+    monkeypatch.setattr(memory, "_make_masks", lambda *_: dict.fromkeys(("full_attention", "sliding_attention")))
+    without = [trace(tiny_architecture, batch, checkpointing=switch, lora_r=8).peak for switch in (False, True)]
+    plain, checkpointed = (with_ - none for with_, none in zip(peaks, without, strict=True))
+
+    assert plain >= rows * tokens**2 * (2 + 2 * layers)
+    assert plain > checkpointed >= rows * tokens**2 * 2
 
 
 def test_activations_grow_with_rows_and_weights_do_not(tiny_architecture):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data_builders.records import InputError
-from dentalgemma.training import backbone
-from dentalgemma.training.data import PICTURES
+from dentalgemma.training import backbone, checkpoints
+from dentalgemma.training.data import PICTURES, DatasetError
 from dentalgemma.training.run_facts import write_run_facts
 
 EXACT = {"lora_dropout": 0, "train_sampling_strategy": "sequential", "eval_strategy": "steps", "eval_steps": 3}
@@ -84,6 +84,29 @@ def test_a_second_run_finds_the_features_of_the_first(make_trainer, tiny_model, 
     assert "all there already" in said
 
 
+def test_rows_of_another_dataset_are_evaluated_with_their_pictures(make_trainer, tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path / "cached", rows=40)
+    live = make_trainer(tiny_model, tmp_path / "live", rows=40, vision_features="live")
+    others = trainer.facts_of[2]["test"]
+    blind = others.map(lambda row: {"images": []})
+
+    assert PICTURES not in others.column_names
+    assert trainer.evaluate(others)["eval_loss"] == live.evaluate(others)["eval_loss"]
+    assert trainer.evaluate(blind)["eval_loss"] != live.evaluate(others)["eval_loss"]
+    with pytest.raises(DatasetError, match="its pictures are not named"):
+        trainer.data_collator([others[0]])
+
+
+def test_a_run_may_go_on_with_its_memory_chosen_otherwise(make_trainer, tiny_model, tmp_path):
+    """Nothing about the data has changed then, and nothing must say so."""
+    runs = [
+        checkpoints.describe_run(make_trainer(tiny_model, tmp_path / kind, memory=kind, vision_features="live"))
+        for kind in ("auto", "fixed")
+    ]
+
+    assert checkpoints.find_changes(*runs) == []
+
+
 def test_a_tower_that_trains_sees_live_and_says_so(make_trainer, tiny_model, tmp_path, capsys):
     trains = ["language_model", "vision_tower"]
     trainer = make_trainer(tiny_model, tmp_path / "auto", trains=trains)
@@ -129,6 +152,14 @@ def test_rows_with_and_without_images_train_together(make_trainer, model, vqa_da
 
     assert held == {True, False}
     assert losses(packed) == pytest.approx(losses(live), rel=1e-5)
+
+
+def test_a_fit_that_crops_no_picture_says_so(make_trainer, tiny_model, tmp_path, capsys):
+    make_trainer(tiny_model, tmp_path / "stretched")
+    assert "crops none" not in capsys.readouterr().err
+    make_trainer(tiny_model, tmp_path / "cropped", image_fit="pan_and_scan")
+
+    assert "crops none of these pictures" in capsys.readouterr().err  # phantoms of 448 x 224, crops of at least 256
 
 
 def test_grouping_by_length_and_by_image_exclude_each_other(make_trainer, tiny_model, tmp_path):

@@ -99,7 +99,11 @@ def _convert(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def _project(backbone: nn.Module, features: torch.Tensor) -> BaseModelOutputWithPooling:
-    """Stored features through the live projector, as the live path has them: order, dtype and even strides."""
+    """Stored features through the live projector; in fp32 as the live path has them, in order, dtype and even strides.
+
+    (pictures × image tokens, width of the tower) in Gemma 3, (image tokens of all pictures, width) in Gemma 4. A run in
+    bf16 has stored them rounded to it, while layer norms under autocast hand fp32 to the live projector.
+    """
     if backbone.config.model_type == "gemma4":
         projector = backbone.embed_vision
         pooled = _like(backbone, projector.embedding_projection.weight, features)
@@ -138,7 +142,8 @@ def make_masks(
     causal = places[:, None] >= places
     pictures = get_block_sequence_ids_for_mask((input_ids == config.image_token_id).long())
     both_ways = causal | ((pictures[:, :, None] == pictures[:, None, :]) & (pictures >= 0)[:, None, :])
-    near = position_ids[:, :, None] - position_ids[:, None, :] < text.sliding_window
+    positions = position_ids.int()  # their differences are as large as the masks, times the bytes of a number
+    near = positions[:, :, None] - positions[:, None, :] < text.sliding_window
     gemma4 = config.model_type == "gemma4"
     sees = {
         "full_attention": (causal if gemma4 else both_ways) & belongs,

@@ -44,11 +44,7 @@ def lay_end_to_end(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     There is no `attention_mask`: transformers finds the rows by their positions and keeps them apart.
     """
     ids = [token for example in examples for token in example.ids]
-    labels = [
-        label
-        for example in examples
-        for label in [IGNORED] * example.answer_start + list(example.ids[example.answer_start :])
-    ]
+    labels = [label for example in examples for label in example.labels]
     positions = [position for example in examples for position in range(len(example.ids))]
     return {
         "input_ids": torch.tensor([ids]),

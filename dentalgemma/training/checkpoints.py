@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import get_peft_model_state_dict
@@ -343,7 +343,7 @@ def check_shared(run: Path, accelerator: Accelerator) -> None:
         probe.unlink(missing_ok=True)
     if not seen:
         error = CheckpointError(f"output_dir: {run} must be one folder for all processes and machines")
-        raise _once(error, accelerator)
+        raise said_once(error, accelerator)
 
 
 def first_process(accelerator: Accelerator, look: Callable[[], Any]) -> Any:
@@ -356,11 +356,12 @@ def first_process(accelerator: Accelerator, look: Callable[[], Any]) -> Any:
             found[1] = error
     broadcast_object_list(found)
     if found[1] is not None:
-        raise _once(found[1], accelerator)
+        raise said_once(found[1], accelerator)
     return found[0]
 
 
-def _once(error: InputError, accelerator: Accelerator) -> InputError:
+def said_once(error: InputError, accelerator: Accelerator | PartialState) -> InputError:
+    """An error that all processes raise and only the first one prints."""
     error.said_elsewhere = not accelerator.is_main_process
     return error
 
@@ -666,7 +667,8 @@ def stopped(trainer: StageTrainer) -> StoppedBySignal:
     good = [path for path in list_checkpoints(run) if find_fault(path, hashes=False) is None]
     what = f"{good[-1]} is complete" if good else "there is no checkpoint yet"
     how = f"go on with: {resume_command()}" if good else "start again"
-    return _once(StoppedBySignal(f"stopped by {trainer.stop.name or 'a signal'}; {what}; {how}"), trainer.accelerator)
+    error = StoppedBySignal(f"stopped by {trainer.stop.name or 'a signal'}; {what}; {how}")
+    return said_once(error, trainer.accelerator)
 
 
 def resume_command() -> str:

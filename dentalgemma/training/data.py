@@ -149,22 +149,18 @@ class ChatCollator:
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         examples, pixels = (self._look_up(rows), {}) if self.features is not None else self._open(rows)
-        order = shown = list(range(len(rows)))
         if self.pack_texts and not any(example.pictures or self.image_token_id in example.ids for example in examples):
-            batch = lay_end_to_end(examples)
-        elif self.pack_questions > 1:
-            lines = pack(examples, image_token_id=self.image_token_id, questions=self.pack_questions)
-            order = [number for line in lines for number in line.rows]
-            batch = pad_lines(lines, self.tokenizer.pad_token_id)
-            shown = [line.rows[0] for line in lines]
-            pixels = {key: self._choose(values, examples, shown) for key, values in pixels.items()}
+            batch, order = lay_end_to_end(examples), range(len(rows))
         else:
-            batch = self._pad(examples)
+            lines = pack(examples, image_token_id=self.image_token_id, questions=self.pack_questions)
+            batch, order = pad_lines(lines, self.tokenizer.pad_token_id), [row for line in lines for row in line.rows]
+            if len(lines) < len(rows):
+                pixels = self._choose(pixels, examples, [line.rows[0] for line in lines])
+            if self.features is not None and any(line.pictures for line in lines):
+                names = [name for line in lines for name in line.pictures]
+                pixels = {"image_features": self.features.read(names)}
         batch[self.token_types] = (batch["input_ids"] == self.image_token_id).long()
         batch |= pixels
-        pictures = [name for number in shown for name in examples[number].pictures]
-        if self.features is not None and pictures:
-            batch["image_features"] = self.features.read(pictures)
         names = [name_row(rows[number]) for number in order]
         problems = check_batch(batch, self.processor, turns=self.turns, names=names)
         if problems:
@@ -186,13 +182,19 @@ class ChatCollator:
         keys = [key for key in inputs if key not in TEXT_KEYS]  # pixels; in Gemma 4 also where each patch lies
         return examples, {key: torch.stack([torch.as_tensor(picture) for picture in inputs[key]]) for key in keys}
 
-    def _choose(self, pixels: torch.Tensor, examples: Sequence[Example], chosen: Sequence[int]) -> torch.Tensor:
-        """Of the pixels of all examples, which are one picture or crop of one each, those of the chosen."""
-        own = pixels.split([count_runs(example.ids, self.image_token_id) for example in examples])
-        return torch.cat([own[number] for number in chosen])
+    def _choose(
+        self, pixels: Mapping[str, torch.Tensor], examples: Sequence[Example], chosen: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Of tensors (pictures and crops of all examples, …), the part of the chosen examples."""
+        counts = [count_runs(example.ids, self.image_token_id) for example in examples]
+        parts = {key: values.split(counts) for key, values in pixels.items()}
+        return {key: torch.cat([own[number] for number in chosen]) for key, own in parts.items()}
 
     def _look_up(self, rows: Sequence[Mapping]) -> list[Example]:
         """Rows as tokens; how many image tokens a picture takes, its features tell."""
+        for row in rows:
+            if row.get("images") and PICTURES not in row:
+                raise DatasetError(f"{name_row(row)}: its pictures are not named, so their features cannot be found")
         pictures = [row.get(PICTURES) or [] for row in rows]
         texts = [self.render(row, len(own)) for row, own in zip(rows, pictures, strict=True)]
         prompts = []
@@ -235,17 +237,6 @@ class ChatCollator:
         if not whole.startswith(stem):
             raise DatasetError(f"{name_row(row)}: {RENDERS_DIFFERENTLY}")
         return start, whole[len(stem) :]
-
-    def _pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        shape = (len(examples), max(len(example.ids) for example in examples))
-        input_ids = torch.full(shape, self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED)
-        for i, (ids, answer_start, _) in enumerate(examples):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            attention_mask[i, : len(ids)] = 1
-            labels[i, answer_start : len(ids)] = torch.tensor(ids[answer_start:])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def count_runs(ids: Sequence[int], token_id: int) -> int:

@@ -7,6 +7,7 @@ could not be looked at from here is said too: silence never means that all is we
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import warnings
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -47,13 +48,12 @@ from dentalgemma.training.data import (
     ChatCollator,
     DatasetError,
     check_pictures,
-    count_without_images,
     load_splits,
     token_types_key,
 )
 from dentalgemma.training.features import feature_root
 from dentalgemma.training.first_loss import check_first_loss
-from dentalgemma.training.lengths import row_lengths
+from dentalgemma.training.lengths import image_tokens, row_lengths
 from dentalgemma.training.memory import (
     GIB,
     GPUS,
@@ -77,12 +77,14 @@ from dentalgemma.training.memory_policy import (
     Rows,
     Run,
     choose,
+    count_cuts,
     estimate,
     heaviest_batch,
     lay_out,
     measure_batch,
     set_arguments,
 )
+from dentalgemma.training.picture_names import name_pictures
 from dentalgemma.training.precision import check_precision, gpu_capability
 from dentalgemma.training.sharding import check_architecture, check_rows, check_start
 
@@ -273,7 +275,9 @@ def _find_sharding(accelerate: Path | None, gpus: int | None) -> Sharding:
         zero = int((settings.get("deepspeed_config") or {}).get("zero_stage", 2))
         return Sharding(f"zero{zero}" if zero in (2, 3) else "ddp", number)
     if kind == "FSDP":
-        return Sharding("fsdp", number)
+        options = settings.get("fsdp_config") or {}
+        # accelerate's own default is true.
+        return Sharding("fsdp", number, str(options.get("fsdp_cpu_ram_efficient_loading", True)).lower() == "true")
     return Sharding("ddp" if number > 1 else "none", number)
 
 
@@ -394,7 +398,8 @@ def _check_lengths(case: Case, found: Diagnosis) -> None:
     for split, lengths in case.lengths.items():
         kept = [length for length in lengths if length <= limit]
         if split == case.stage.dataset_train_split and kept:
-            case.rows = _training_rows(case, limit)
+            with found.refusing():
+                case.rows = _training_rows(case, limit)
         left_out = len(lengths) - len(kept)
         if lengths and not kept:
             found.refuse(f"split {split!r}: all {len(lengths)} rows are longer than {limit:,} tokens")
@@ -410,35 +415,23 @@ def _check_lengths(case: Case, found: Diagnosis) -> None:
 
 
 def _training_rows(case: Case, limit: float) -> Rows:
-    """The rows that are not too long; which of them show the same pictures, `image_id` tells, which the builders write.
-
-    Without it they count as unpacked.
-    """
+    """The rows that are not too long; which of them show the same pictures, their bytes tell, as in the run."""
     rows, lengths = case.dataset[case.stage.dataset_train_split], case.lengths[case.stage.dataset_train_split]
-    names = _picture_names(rows) if case.stage.pack_questions > 1 else None
     kept = [number for number, length in enumerate(lengths) if length <= limit]
+    rows = rows.select(kept)
     return Rows(
         [lengths[number] for number in kept],
-        [names[number] for number in kept] if names else None,
+        [tuple(names) for names in name_pictures(rows)] if case.stage.pack_questions > 1 else None,
+        [sum(tokens) for tokens in image_tokens(rows, case.processor)],
         questions=case.stage.pack_questions,
+        cuts=count_cuts(case.training, case.sharding.gpus),
     )
 
 
-def _picture_names(rows: Dataset) -> list[str | None] | None:
-    return rows.select_columns(["image_id"])["image_id"][:] if "image_id" in rows.column_names else None
-
-
 def _count_pictures(case: Case) -> int:
-    """Different pictures of both splits; where rows do not name theirs, each counts."""
+    """Different pictures of both splits."""
     splits = {case.stage.dataset_train_split, case.stage.dataset_test_split}
-    names: set[str] = set()
-    unnamed = 0
-    for rows in (case.dataset[split] for split in splits):
-        shown = len(rows) - count_without_images(rows)
-        named = [name for name in _picture_names(rows) or () if name] if shown else []
-        names.update(named)
-        unnamed += max(0, shown - len(named))
-    return len(names) + unnamed
+    return len({name for split in splits for names in name_pictures(case.dataset[split]) for name in names})
 
 
 def _histogram(lengths: Sequence[int], bars: int = 10) -> list[tuple[int, int]]:
@@ -479,7 +472,6 @@ def _look_at_rows(case: Case, found: Diagnosis) -> None:
             if heaviest is not None and split == case.stage.dataset_train_split and case.rows is not None:
                 # A longest row may be text alone, while others of its batch have pictures.
                 case.row, case.shown = replace(heaviest, images=images), shown
-                case.rows = case.rows._replace(shared=sum(images))
                 case.pictures = _count_pictures(case) if images else 0
         if looked_at:
             found.facts["labels"] = {"rows_looked_at": looked_at, "trained_tokens_per_row": trained / looked_at}
@@ -598,7 +590,7 @@ def _check_parts_and_memory(case: Case, found: Diagnosis, throughput: float | No
 
 def _vision(case: Case) -> str:
     """How pictures reach the language model: `cached` or `live`, as the trainer would decide."""
-    whole = case.sharding.kind != "zero3"
+    whole = case.sharding.kind != "zero3" and not case.sharding.one_loads
     frozen = "vision_tower" not in case.stage.trains
     known = case.architecture is not None and case.architecture.model_type in FAMILIES
     return "cached" if case.stage.vision_features != "live" and whole and frozen and known else "live"
@@ -692,6 +684,11 @@ def _check_disk(case: Case, found: Diagnosis) -> None:
         there = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         needs["features"] = max(0, features["bytes"] - there)
         place = _existing(root)
+        if (root.exists() and not root.is_dir()) or not os.access(place, os.W_OK):
+            found.refuse(
+                f"feature_cache: {root} is no folder that can be written to: give another, or set "
+                "`vision_features: live`"
+            )
         places.setdefault(place.stat().st_dev, [place]).append(("features", needs["features"]))
     if not Path(case.start.base).is_dir() and _cached(case.start) is None:
         needs["download"] = found.facts["weight_bytes"]

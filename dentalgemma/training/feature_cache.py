@@ -1,8 +1,8 @@
 """A folder of features, memory-mapped: written a shard at a time, read by name, refused under another key.
 
 One folder holds `key.json` and `*.safetensors`, each entry a picture as (image tokens, width); every shard repeats the
-key in its header. Features show a patient as much as a radiograph does: the folder is made for its owner alone (mode
-0700). Whoever must delete a picture deletes the caches made from it as well.
+key in its header, beside a checksum of each picture. Features show a patient as much as a radiograph does: the folder
+is made for its owner alone (mode 0700). Whoever must delete a picture deletes the caches made from it as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from dentalgemma.training.checkpoints import is_disk_full
 from dentalgemma.weight_files import open_weights
 
 KEY_FILE = "key.json"
+CHECKSUMS = "crc32"  # in a shard's metadata: JSON, CRC-32 of each picture's values by its name
+SHOWN = 4  # fields in which keys differ
 LIVE = "or set --vision_features live"
 
 
@@ -37,17 +40,37 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [f"{name} is {_brief(there.get(name))} there and {_brief(here.get(name))} here" for name in names]
 
 
+def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Where two keys differ, as a sentence; of another model nearly every field does, and a few tell it."""
+    found = differences(there, here)
+    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return "; ".join(found[:SHOWN] + more)
+
+
 def _brief(value: object) -> str:
     text = "not set" if value is None else str(value)
     return f"{text[:10]}…" if len(text) > 40 else text
 
 
+def read_key(text: str) -> dict[str, Any]:
+    """A key as it was written.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    key = json.loads(text)
+    if not isinstance(key, dict):
+        raise ValueError(f"it holds no key but {_brief(key)}")
+    return key
+
+
 class Place(NamedTuple):
-    """Where the features of a picture lie: number of the shard, first byte, image tokens."""
+    """Where the features of a picture lie: number of the shard, first byte, image tokens; and their checksum."""
 
     shard: int
     start: int
     tokens: int
+    checksum: int
 
 
 class FeatureCache:
@@ -66,6 +89,7 @@ class FeatureCache:
         self.damaged: dict[Path, str] = {}
         self._places: dict[str, Place] = {}
         self._maps: dict[int, torch.Tensor] = {}
+        self._checked: set[str] = set()
         self._open()
         self.refresh()
 
@@ -77,8 +101,13 @@ class FeatureCache:
                 text = json.dumps(self.key, indent=1, sort_keys=True)
                 with _finished(path) as draft:
                     draft.write_text(text, encoding="utf-8")
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = read_key(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CacheError(
+                f"feature cache {self.folder} cannot be used: its {KEY_FILE} is damaged ({error}); delete it, or the "
+                f"whole folder, and start again, give another --feature_cache, {LIVE}"
+            ) from error
+        except OSError as error:
             raise CacheError(
                 f"feature cache {self.folder} cannot be used: {error}; give another --feature_cache, {LIVE}"
             ) from error
@@ -87,12 +116,16 @@ class FeatureCache:
     def _check_key(self, found: Mapping[str, Any], where: Path) -> None:
         if found != self.key:
             raise CacheError(
-                f"feature cache {where} is of other features: {'; '.join(differences(found, self.key))}; give another "
+                f"feature cache {where} is of other features: {describe_differences(found, self.key)}; give another "
                 f"--feature_cache, {LIVE}"
             )
 
     def refresh(self) -> None:
-        """Look at the folder again: what others wrote since is there, what cannot be read is in `damaged`."""
+        """Look at the folder again: what others wrote since is there, what is no whole shard is in `damaged`.
+
+        Raises:
+            CacheError: when a shard cannot be read at the moment; that says nothing against what is in it.
+        """
         self.damaged = {}
         for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
             self._add(path)
@@ -100,17 +133,31 @@ class FeatureCache:
     def _add(self, path: Path) -> None:
         try:
             file = open_weights(path)
-            found = json.loads((file.metadata or {})["key"])
-        except (InputError, ValueError, KeyError) as error:
+            found = read_key(file.metadata["key"])
+            checksums = json.loads(file.metadata[CHECKSUMS]) if CHECKSUMS in file.metadata else {}
+        except InputError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # another run has just set it aside
+                return
+            if isinstance(error.__cause__, OSError):
+                raise CacheError(
+                    f"feature cache {path} cannot be read at the moment: {error.__cause__}; nothing of it is lost: "
+                    f"start again when it can be, give another --feature_cache, {LIVE}"
+                ) from error
             self.damaged[path] = str(error)
+            return
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # JSON, but not as safetensors has it
+            self.damaged[path] = f"its header is damaged ({error!r})"
             return
         self._check_key(found, path)
         for name, stored in file.tensors.items():
             if stored.dtype != self.dtype or len(stored.shape) != 2 or stored.shape[1] != self.width:
                 self.damaged[path] = f"{name} is not as its key says"
                 return
+        if not isinstance(checksums, dict) or not checksums.keys() >= file.tensors.keys():
+            self.damaged[path] = "it lacks the checksums of its pictures"
+            return
         for name, stored in file.tensors.items():
-            self._places[name] = Place(len(self.shards), stored.start, stored.shape[0])
+            self._places[name] = Place(len(self.shards), stored.start, stored.shape[0], checksums[name])
         self.shards.append(path)
 
     def __len__(self) -> int:
@@ -135,37 +182,56 @@ class FeatureCache:
         return [name for name in dict.fromkeys(names) if name not in self._places]
 
     def read(self, names: Sequence[str]) -> torch.Tensor:
-        """The features of pictures one after the other, copied from the maps: (sum of their tokens, width)."""
+        """The features of pictures one after the other, copied from the maps: (sum of their tokens, width).
+
+        Raises:
+            CacheError: for a picture that is not there, or is not as it was written.
+        """
         places = [self._place(name) for name in names]
         features = torch.empty(sum(place.tokens for place in places), self.width, dtype=self.dtype)
         row = 0
-        for place in places:
+        for name, place in zip(names, places, strict=True):
             last = place.start + place.tokens * self.width * self.dtype.itemsize
-            values = self._map(place.shard)[place.start : last].view(self.dtype)
-            features[row : row + place.tokens] = values.view(place.tokens, self.width)
+            content = self._map(place.shard)[place.start : last]
+            self._check_content(name, content)
+            features[row : row + place.tokens] = content.view(self.dtype).view(place.tokens, self.width)
             row += place.tokens
         return features
 
+    def _check_content(self, name: str, content: torch.Tensor) -> None:
+        """Compare a picture with its checksum, the first time that this process reads it."""
+        if name in self._checked:
+            return
+        place = self._places[name]
+        if zlib.crc32(content.numpy()) != place.checksum:
+            raise CacheError(
+                f"feature cache {self.shards[place.shard]} is damaged: picture {name[:16]}… is not as it was written; "
+                f"delete this file and start again, {LIVE}"
+            )
+        self._checked.add(name)
+
     def write(self, features: Mapping[str, torch.Tensor]) -> None:
-        """Add pictures as one more shard, which is there in full or not at all.
+        """Add pictures, each as (its image tokens, width), in one more shard, there in full or not at all.
 
         Raises:
-            CacheError: when the disk is full.
+            CacheError: when the disk is full, or the system allows no file so large.
         """
         if not features:
             return
         tensors = {name: tensor.detach().to("cpu", self.dtype).contiguous() for name, tensor in features.items()}
-        content = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()
-        path = self.folder / f"{content[:32]}.safetensors"
+        sums = {name: zlib.crc32(tensor.view(torch.uint8).numpy()) for name, tensor in sorted(tensors.items())}
+        metadata = {"key": json.dumps(self.key, sort_keys=True), CHECKSUMS: json.dumps(sums)}
+        # Named by its content: a shard is never replaced by another while somebody reads it.
+        path = self.folder / f"{hashlib.sha256(metadata[CHECKSUMS].encode()).hexdigest()[:32]}.safetensors"
         try:
             with _finished(path) as draft:
-                save_file(tensors, draft, metadata={"key": json.dumps(self.key, sort_keys=True)})
+                save_file(tensors, draft, metadata=metadata)
         except Exception as error:
             if not is_disk_full(error):
                 raise
             raise CacheError(
-                f"no space left to write features to {self.folder}; make room and start again (what is written stays), "
-                f"give another --feature_cache, {LIVE}"
+                f"features cannot be written to {self.folder}: {error}; make room, or lift the limit, and start again "
+                f"(what is written stays), give another --feature_cache, {LIVE}"
             ) from error
         self._add(path)
 

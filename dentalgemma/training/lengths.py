@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig
 
 from data_builders.images import UNREADABLE
-from dentalgemma.models.processors import image_fit, picture_tokens, write_picture
+from dentalgemma.models.processors import crop_options, image_fit, picture_tokens, write_picture
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.data import ChatCollator, DatasetError, fill_places, image_source, name_row
 from dentalgemma.training.mixture import describe_mixture
@@ -116,9 +116,27 @@ def keep_fitting(
     if training.process_index == 0:
         _write_list(Path(training.output_dir) / LIST_NAME, dropped)
         lines = [describe_mixture(mixture)] if (mixture := getattr(dataset, "mixture", ())) else []
-        for line in [*lines, _describe(limit, fitting.longest, fitting.left_out)]:
+        lines.append(_describe(limit, fitting.longest, fitting.left_out))
+        if (warning := _warn_of_no_crops(kept, processor)) is not None:
+            lines.append(warning)
+        for line in lines:
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
     return fitting
+
+
+def _warn_of_no_crops(dataset: DatasetDict, processor: ProcessorMixin) -> str | None:
+    """A sentence where pan and scan was asked for and does nothing to any picture."""
+    if image_fit(processor) != "pan_and_scan":
+        return None
+    tokens = [count for rows in dataset.values() for own in image_tokens(rows, processor) for count in own]
+    if not tokens or max(tokens) > processor.image_seq_length:
+        return None
+    options = crop_options(processor)
+    return (
+        "image_fit: pan_and_scan crops none of these pictures: it takes those whose sides differ by "
+        f"{options['pan_and_scan_min_ratio_to_activate']:g} to 1 and whose crops would have at least "
+        f"{options['pan_and_scan_min_crop_size']} pixels a side"
+    )
 
 
 def row_lengths(
@@ -135,7 +153,7 @@ def row_lengths(
     collator = ChatCollator(processor)
     if not isinstance(processor, (Gemma3Processor, Gemma4Processor)):
         return [int(collator([row])["attention_mask"].sum()) for row in dataset]
-    tokens = _image_tokens(dataset, processor)
+    tokens = image_tokens(dataset, processor)
     texts = dataset.select_columns(
         [name for name in ("prompt", "completion", "row_id") if name in dataset.column_names]
     )
@@ -181,7 +199,7 @@ def _image_places(processor: ProcessorMixin) -> Callable[[int], str]:
     return place
 
 
-def _image_tokens(dataset: Dataset, processor: ProcessorMixin) -> list[list[int]]:
+def image_tokens(dataset: Dataset, processor: ProcessorMixin) -> list[list[int]]:
     """How many tokens each picture of each row takes.
 
     The Arrow column is read in place: rows by number would copy the bytes of every picture.

@@ -111,6 +111,7 @@ class Sharding:
 
     kind: str = "none"
     gpus: int = 1
+    one_loads: bool = False  # only the first process reads the weights
 
 
 def build_on_meta(
@@ -340,10 +341,19 @@ def _forward(inner: PreTrainedModel, batch: Batch, vision: str) -> torch.Tensor:
         features = [picture.reshape(batch.rows, -1, picture.shape[-1]).to(embeddings.dtype) for picture in features]
         rest = embeddings[:, sum(picture.shape[1] for picture in features) :]
         embeddings = torch.cat([*features, rest], dim=1)
-    mask = torch.ones(batch.rows, embeddings.shape[1], dtype=torch.long)
     return inner.language_model(
-        inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **extra
+        inputs_embeds=embeddings, attention_mask=_make_masks(embeddings, inner), use_cache=False, **extra
     ).last_hidden_state
+
+
+def _make_masks(embeddings: torch.Tensor, inner: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Masks (sequences, 1, length, length) by layer type, as pictures, padding and packed questions need them.
+
+    Attention makes numbers of them, and without checkpointing each layer keeps its own.
+    """
+    rows, length, _ = embeddings.shape
+    kinds = sorted(set(inner.config.get_text_config().layer_types))
+    return {kind: torch.ones(rows, 1, length, length, dtype=torch.bool) for kind in kinds}
 
 
 def _see(inner: PreTrainedModel, pictures: int, tokens: int, vision: str) -> torch.Tensor:

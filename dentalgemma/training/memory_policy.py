@@ -8,17 +8,20 @@ and backward pass on the heaviest rows before anything is trained.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PretrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
@@ -48,8 +51,15 @@ SET_BY_PLANS = {
 }
 
 
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # of the driver; of cuBLAS and cuDNN
+
+
 class MemoryShortError(InputError):
     """A run that does not fit into memory, however mild its settings."""
+
+
+class ProbeError(RuntimeError):
+    """A step before training failed in another process, for want of something other than memory."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +82,26 @@ class Estimate(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The training rows, as far as memory goes.
+    """The training rows, as far as memory goes: tokens of each, the pictures that it shows, and their tokens.
 
-    Up to `questions` rows of the same `pictures` come into one sequence; they have at least `shared` tokens in common,
-    those of their pictures.
+    Up to `questions` rows of the same pictures come into one sequence. At most `cuts` such groups of a batch are torn,
+    at its ends, where `ImageGroups` fills it with rows.
     """
 
     lengths: Sequence[int]
     pictures: Sequence[Hashable] | None = None
-    shared: int = 0
+    image_tokens: Sequence[int] | None = None
     questions: int = 1
+    cuts: int = 2
+
+    @property
+    def shared(self) -> int:
+        """Tokens that rows of the same pictures have in common for certain: the fewest that any row's pictures take."""
+        return min((tokens for tokens in self.image_tokens or () if tokens), default=0)
+
+    def packs(self, batch_size: int) -> bool:
+        """Whether rows can share a sequence in batches of so many."""
+        return min(self.questions, batch_size) > 1 and self.pictures is not None and self.shared > 0
 
 
 class Load(NamedTuple):
@@ -116,46 +136,120 @@ class Plan(NamedTuple):
 # What rows become
 
 
-def lay_out(rows: Rows, batch_size: int) -> list[Load]:
-    """The sequences that rows make in batches of so many rows.
+def count_cuts(training: SFTConfig, processes: int) -> int:
+    """How many groups of a batch may be torn: at both ends, and where rows of another fill up the last of an epoch."""
+    if training.train_sampling_strategy != "random":
+        return training.per_device_train_batch_size * training.gradient_accumulation_steps  # rows come as they come
+    return 2 if processes == 1 else 3
 
-    Which rows of a picture come together is drawn anew in each epoch: here the longest do, since memory must suffice
-    for them.
-    """
-    questions = min(rows.questions, batch_size)
-    if questions <= 1 or rows.pictures is None:
-        return [Load(length, (number,)) for number, length in enumerate(rows.lengths)]
+
+def group_rows(rows: Rows) -> list[list[int]]:
+    """The rows of the same pictures, the longest first; one without pictures is a group of its own."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for number, shown in enumerate(rows.pictures):
-        groups[shown or ("row", number)].append(number)
-    loads = []
-    for own in groups.values():
-        own.sort(key=lambda number: -rows.lengths[number])
-        for first in range(0, len(own), questions):
-            together = tuple(own[first : first + questions])
-            tokens = sum(rows.lengths[number] for number in together) - rows.shared * (len(together) - 1)
-            loads.append(Load(tokens, together))
-    return loads
+        groups[shown if shown and rows.image_tokens[number] else ("row", number)].append(number)
+    return [sorted(own, key=lambda number: -rows.lengths[number]) for own in groups.values()]
+
+
+def lay_out(rows: Rows, batch_size: int) -> list[Load]:
+    """The sequences that rows make in batches of so many rows, where no group is torn.
+
+    Which rows of a picture come together is drawn anew in each epoch: here the longest do.
+    """
+    if not rows.packs(batch_size):
+        return [Load(length, (number,)) for number, length in enumerate(rows.lengths)]
+    questions, shared = min(rows.questions, batch_size), rows.shared
+    return [
+        _join(rows, own[first : first + questions], shared)
+        for own in group_rows(rows)
+        for first in range(0, len(own), questions)
+    ]
+
+
+def _join(rows: Rows, together: Sequence[int], shared: int) -> Load:
+    lengths = [rows.lengths[number] for number in together]
+    return Load(max(sum(lengths) - shared * (len(lengths) - 1), *lengths), tuple(together))
 
 
 def heaviest(rows: Rows, batch_size: int) -> list[Load]:
     """The sequences that take most room in a batch of so many rows, each padded to the longest of them."""
-    loads = sorted(lay_out(rows, batch_size), key=lambda load: (len(load.rows), -load.tokens))
-    longest: dict[int, Load] = {}  # by the rows that it holds, which leave the less for others
-    for load in loads:
-        longest.setdefault(len(load.rows), load)
-    return max((_fill(load, loads, batch_size) for load in longest.values()), key=_room)
+    if not rows.packs(batch_size):
+        longest = sorted(range(len(rows.lengths)), key=lambda number: -rows.lengths[number])[:batch_size]
+        return [Load(rows.lengths[number], (number,)) for number in longest]
+    questions, shared, groups = min(rows.questions, batch_size), rows.shared, group_rows(rows)
+    longest: dict[tuple[int, int], tuple[Load, int]] = {}  # by rows, which leave the less for others, and cuts left
+    for number, own in enumerate(groups):
+        for size in range(1, min(questions, len(own)) + 1):
+            whole = size == questions or size == len(own) % questions
+            load, key = _join(rows, own[:size], shared), (size, rows.cuts - (not whole))
+            if key not in longest or load.tokens > longest[key][0].tokens:
+                longest[key] = load, number
+    parts = _Parts(groups, questions)
+    filled = (
+        [load, *(_join(rows, part, shared) for part in parts.fill(batch_size - size, number, load, cuts))]
+        for (size, cuts), (load, number) in longest.items()
+        if cuts >= 0
+    )
+    return max(filled, key=_room)
 
 
-def _fill(longest: Load, loads: Sequence[Load], batch_size: int) -> list[Load]:
-    chosen, left = [longest], batch_size - len(longest.rows)
-    for load in loads:
-        if len(load.rows) > left:
-            break
-        if load is not longest and load.tokens <= longest.tokens:
-            chosen.append(load)
-            left -= len(load.rows)
-    return chosen
+class _Parts:
+    """Groups of rows, and the order in which their parts make most sequences of few rows."""
+
+    def __init__(self, groups: Sequence[Sequence[int]], questions: int) -> None:
+        self.groups, self.questions = groups, questions
+        left = [len(own) % questions for own in groups]
+        whole = [(size, number) for number, size in enumerate(left) if size]
+        whole += [(questions, number) for number, own in enumerate(groups) for _ in range(len(own) // questions)]
+        self.whole = sorted(whole)
+        # A row is torn off best where no small whole part is lost by it, and of a large group.
+        torn = [number for number, own in enumerate(groups) if len(own) > 1]
+        self.torn = sorted(torn, key=lambda number: (-(left[number] or questions), -len(groups[number])))
+
+    def fill(self, room: int, first: int, load: Load, cuts: int) -> list[list[int]]:
+        """Parts for so many rows beside one sequence of group `first`: single rows, torn ones, then larger parts."""
+        taken = defaultdict(int, {first: len(load.rows)})
+        parts = []
+        single = bisect_right(self.whole, (1, len(self.groups)))
+        for size, number, torn in chain(
+            ((size, number, False) for size, number in self.whole[:single]),
+            ((1, number, True) for number in self.torn),
+            ((size, number, False) for size, number in islice(self.whole, single, None)),
+        ):
+            if size > room:
+                break
+            if (torn and not cuts) or not self._adds(number, size, taken):
+                continue
+            start = taken[number]
+            taken[number] += size
+            parts.append(list(self.groups[number][start : start + size]))
+            room, cuts = room - size, cuts - torn
+        return parts
+
+    def _adds(self, number: int, size: int, taken: Mapping[int, int]) -> bool:
+        """Whether so many rows more are left, and make another sequence: one that is not full takes them."""
+        before, after = taken[number], taken[number] + size
+        return after <= len(self.groups[number]) and -(-after // self.questions) > -(-before // self.questions)
+
+
+def most_seen(rows: Rows, batch_size: int) -> list[Load]:
+    """The heaviest batch of the rows whose pictures take most tokens: there a live tower has most to do."""
+    chosen: dict[Hashable, list[int]] = {}
+    packs = rows.packs(batch_size)
+    for number in sorted(range(len(rows.lengths)), key=lambda n: (-rows.image_tokens[n], -rows.lengths[n])):
+        shown = (rows.pictures[number] if packs else None) or ("row", number)
+        if shown in chosen or len(chosen) < batch_size:
+            chosen.setdefault(shown, []).append(number)
+    numbers = [number for own in chosen.values() for number in own]
+    some = rows._replace(
+        **{
+            name: [getattr(rows, name)[number] for number in numbers]
+            for name in ("lengths", "pictures", "image_tokens")
+            if getattr(rows, name) is not None
+        }
+    )
+    loads = heaviest(some, batch_size)
+    return [Load(load.tokens, tuple(numbers[place] for place in load.rows)) for load in loads]
 
 
 def _room(loads: Sequence[Load]) -> int:
@@ -164,7 +258,7 @@ def _room(loads: Sequence[Load]) -> int:
 
 def heaviest_batch(rows: Rows, batch_size: int, row: Batch) -> Batch:
     """The batch of `heaviest` in numbers; pictures, and the answer to each question, as in `row`."""
-    if min(rows.questions, batch_size) == 1 or rows.pictures is None:
+    if not rows.packs(batch_size):
         return replace(row, rows=batch_size, tokens=max(rows.lengths))
     chosen = heaviest(rows, batch_size)
     questions = sum(len(load.rows) for load in chosen)
@@ -295,17 +389,23 @@ def settle(
     """Choose a plan for a trainer that does not train yet, take it and say so; a resumed run keeps its micro-batch."""
     training = trainer.args
     run = Run(trainer.model.config, training, model_config, trains, vision, sharding_of(training))
-    rows = rows._replace(shared=rows.shared or sum(row.images))
     size = saved_batch_size(training)
     if training.deepspeed_plugin is not None:
         size = training.per_device_train_batch_size  # DeepSpeed was told when the arguments were read
     plan = choose(run, row, rows, available=device_memory(training), batch_size=size)
     adopt(plan, trainer)
     if trainer.is_world_process_zero():
-        checkpoints.say(f"Memory: {plan}")
+        checkpoints.say(f"Memory: {plan}{_what_is_packed(plan, rows)}")
         if not plan.fits:
             checkpoints.say("Memory: this may not suffice; `dentalgemma doctor` says what would")
     return plan
+
+
+def _what_is_packed(plan: Plan, rows: Rows) -> str:
+    if rows.pictures is None or not plan.rows < rows.questions:
+        return ""
+    packed = f"at most {plan.rows} questions are" if plan.rows > 1 else "nothing is"
+    return f"; {packed} packed, since pack_questions: {rows.questions} needs {rows.questions} rows at a time"
 
 
 def set_arguments(plan: Plan, training: SFTConfig) -> None:
@@ -364,9 +464,7 @@ def _resumed_from(training: SFTConfig) -> Path | None:
 # The proof of a plan
 
 
-def confirm(
-    trainer: StageTrainer, plan: Plan, rows: Rows, *, probe: Callable[[StageTrainer, Plan, Rows], int] | None = None
-) -> Plan:
+def confirm(trainer: StageTrainer, plan: Plan, rows: Rows) -> Plan:
     """Try a plan on the heaviest rows before anything is trained; where memory runs out, take the next milder one.
 
     Nothing of it stays: no gradient, no step, no random number drawn, no metric. All processes go on together. Where
@@ -377,14 +475,16 @@ def confirm(
         MemoryShortError: when not even one row with checkpointing fits.
     """
     measured, tried = None, plan
-    if probe is not None or (trainer.args.device.type == "cuda" and sharding_of(trainer.args).kind in ("none", "ddp")):
+    if can_probe(trainer.args):
         for tried in (plan, *milder(plan, keep_rows=saved_batch_size(trainer.args) is not None)):
             adopt(tried, trainer)
-            measured = _all_fit(trainer, tried._replace(memory=plan.memory), rows, probe or run_step)
+            measured = _all_fit(trainer, tried._replace(memory=plan.memory), rows)
             if measured is not None:
                 break
         else:
-            raise checkpoints._once(_too_much(plan), trainer.accelerator)
+            raise checkpoints.said_once(_too_much(plan), trainer.accelerator)
+    if tried is not plan and trainer.is_world_process_zero():
+        checkpoints.say(f"Memory: {tried}{_what_is_packed(tried, rows)}")
     trainer.memory = {
         "rows": tried.rows,
         "accumulation": tried.accumulation,
@@ -394,6 +494,11 @@ def confirm(
         "measured_bytes": measured,
     }
     return tried
+
+
+def can_probe(training: SFTConfig) -> bool:
+    """Whether one process alone can run a step, and running out of memory is an error and not the end."""
+    return training.device.type == "cuda" and sharding_of(training).kind in ("none", "ddp")
 
 
 def milder(plan: Plan, *, keep_rows: bool = False) -> list[Plan]:
@@ -414,18 +519,27 @@ def _too_much(plan: Plan) -> MemoryShortError:
     )
 
 
-def _all_fit(
-    trainer: StageTrainer, plan: Plan, rows: Rows, probe: Callable[[StageTrainer, Plan, Rows], int]
-) -> int | None:
-    """Bytes at the peak of the process that took most; None where memory ran out in any."""
+def _all_fit(trainer: StageTrainer, plan: Plan, rows: Rows) -> int | None:
+    """Bytes at the peak of the process that took most; None where memory ran out in any.
+
+    Raises:
+        ProbeError: in all processes, when a step failed in one for another reason.
+    """
+    peak = failure = None
     try:
-        peak = probe(trainer, plan, rows)
-    except torch.OutOfMemoryError:
-        peak = None
+        peak = run_step(trainer, plan, rows)
+    except Exception as error:
+        if not ran_out(error):
+            failure = error
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    peaks = gather_object([peak])
+    found = gather_object([(peak, None if failure is None else f"{type(failure).__name__}: {failure}")])
+    if failure is not None:
+        raise failure
+    if failed := [(number, text) for number, (_, text) in enumerate(found) if text is not None]:
+        raise ProbeError("process {}: {}".format(*failed[0]))
+    peaks = [peak for peak, _ in found]
     if None not in peaks:
         return max(peaks)
     if trainer.is_world_process_zero():
@@ -434,13 +548,21 @@ def _all_fit(
     return None
 
 
-def run_step(trainer: StageTrainer, plan: Plan, rows: Rows) -> int:
-    """One forward and backward pass on the heaviest rows, as a step has it; the bytes at its peak, 0 on a CPU.
+def ran_out(error: Exception) -> bool:
+    """Whether an error means that memory ran out; libraries beside PyTorch's allocator have words of their own."""
+    own = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return own or (isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY))
 
-    Collectives are left out: a process that runs out of memory would leave the others waiting.
+
+def run_step(trainer: StageTrainer, plan: Plan, rows: Rows) -> int:
+    """A forward and backward pass on the heaviest rows, as a step has it; the bytes at its peak, 0 on a CPU.
+
+    A tower that sees live has most to do where there are most pictures: such rows get a pass too. Collectives are left
+    out: a process that runs out of memory would leave the others waiting.
     """
-    heavy = [number for load in heaviest(rows, plan.rows) for number in load.rows]
-    batch = trainer.packing_collator([trainer.train_dataset[number] for number in heavy])
+    batches = [heaviest(rows, plan.rows)]
+    if trainer.live and rows.image_tokens is not None and any(rows.image_tokens):
+        batches.append(most_seen(rows, plan.rows))
     device = trainer.args.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -448,13 +570,18 @@ def run_step(trainer: StageTrainer, plan: Plan, rows: Rows) -> int:
         # The room of what does not exist yet: moments of the optimizer, and in DDP its buckets.
         later = plan.memory.optimizer + max(0, plan.memory.gradients - plan.memory.adapters) if plan.memory else 0
         kept = torch.empty(later if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.accelerator.autocast():
-            outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-            loss = -outputs.log_probs.sum()
-        loss.backward()
+        for loads in batches:
+            _pass(trainer, [number for load in loads for number in load.rows])
         del kept
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def _pass(trainer: StageTrainer, rows: Sequence[int]) -> None:
+    inputs = trainer._prepare_inputs(trainer.packing_collator([trainer.train_dataset[number] for number in rows]))
+    with trainer.accelerator.autocast():
+        outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+        loss = -outputs.log_probs.sum()
+    loss.backward()
 
 
 @contextmanager

@@ -23,6 +23,11 @@ class Example(NamedTuple):
     answer_start: int
     pictures: tuple[str, ...] = ()
 
+    @property
+    def labels(self) -> list[int]:
+        """The answer's tokens, and nothing of the prompt."""
+        return [IGNORED] * self.answer_start + list(self.ids[self.answer_start :])
+
 
 class Packed(NamedTuple):
     """One sequence: `rows` are the numbers of its examples, in order. An example that stays alone is all prefix."""
@@ -70,7 +75,7 @@ def _join(examples: Sequence[Example], rows: Sequence[int]) -> Packed:
     positions, segments = list(range(shared)), [0] * shared
     for question, example in enumerate(chosen, start=1 if shared else 0):
         ids += example.ids[shared:]
-        labels += [IGNORED] * (example.answer_start - shared) + list(example.ids[example.answer_start :])
+        labels += example.labels[shared:]
         positions += range(shared, len(example.ids))
         segments += [question] * (len(example.ids) - shared)
     return Packed(ids, labels, positions, segments, first.pictures, tuple(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,19 +28,13 @@ from dentalgemma.training.config import StageConfig
 from dentalgemma.training.curves import Curves
 from dentalgemma.training.data import PICTURES, ChatCollator, check_pictures, count_without_images
 from dentalgemma.training.data_wait import DataWait, say_wait
-from dentalgemma.training.features import (
-    FeatureCache,
-    encode_pictures,
-    feature_key,
-    feature_root,
-    find_cache,
-    name_pictures,
-    why_not,
-)
+from dentalgemma.training.encoding import encode_pictures
+from dentalgemma.training.features import FeatureCache, feature_key, feature_root, find_cache, why_not
 from dentalgemma.training.first_loss import FirstLoss
-from dentalgemma.training.lengths import LengthGroups, keep_fitting, set_epoch, with_column
+from dentalgemma.training.lengths import LengthGroups, image_tokens, keep_fitting, set_epoch, with_column
 from dentalgemma.training.memory import Batch
 from dentalgemma.training.packing import ImageGroups
+from dentalgemma.training.picture_names import name_pictures
 from dentalgemma.training.precision import check_attention
 from dentalgemma.training.proof import TrainingProof
 from dentalgemma.training.sharding import check_architecture, check_rows, wrap_decoder_layers
@@ -105,10 +99,7 @@ class StageTrainer(SFTTrainer):
         if supports_features(self.model):
             prepare_backbone(self.model)
         self.live = self._must_stay_live(dataset)
-        if not self.live or stage.pack_questions > 1 or stage.memory == "auto":
-            self.train_dataset, self.eval_dataset = (
-                with_column(rows, PICTURES, name_pictures(rows)) for rows in (self.train_dataset, self.eval_dataset)
-            )
+        self.train_dataset, self.eval_dataset = map(_name_pictures, (self.train_dataset, self.eval_dataset))
         self.settings = vars(stage) | training.to_dict() | vars(model_config)
         self.settings["vision_features"] = "live" if self.live else "cached"
         self.wait = DataWait(training.dataloader_num_workers, cached=not self.live)
@@ -118,7 +109,10 @@ class StageTrainer(SFTTrainer):
         self.evaluation_due = self.stopping = False
         self.add_callback(checkpoints.StepHooks(self))
         self.memory: dict[str, object] | None = None
-        self.plan = self._plan(model_config) if stage.memory == "auto" else None
+        self.plan = None
+        if stage.memory == "auto":
+            self.settle = self._measure_rows(model_config)
+            self.plan = self.settle()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         """Train, or go on from a checkpoint that is complete and of the same run; `auto` takes the newest.
@@ -127,10 +121,13 @@ class StageTrainer(SFTTrainer):
             CheckpointError: when there is none to go on from, or data, settings or processes are others.
             StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint; what follows training must not run.
         """
+        if self.plan is not None and self.args.resume_from_checkpoint != resume_from_checkpoint:
+            self.args.resume_from_checkpoint = resume_from_checkpoint
+            self.plan = self.settle()  # a resumed run keeps its micro-batch
         self.resume = checkpoints.prepare_resume(self, resume_from_checkpoint)
         self.encode()
         if self.plan is not None:
-            memory_policy.confirm(self, self.plan, self.loads)
+            self.plan = memory_policy.confirm(self, self.plan, self.loads)
             if self.resume.run is not None:
                 self.resume.run["configuration"] = checkpoints.describe_settings(self)
         self.started, self.seconds_before = time.monotonic(), 0.0
@@ -161,29 +158,37 @@ class StageTrainer(SFTTrainer):
         precision = self.accelerator.mixed_precision
         key = feature_key(self.model, self.processing_class, mixed_precision=precision)
         cache = find_cache(feature_root(self.stage.feature_cache), key)
-        splits = [self.train_dataset, self.eval_dataset]
-        encode_pictures(cache, splits, self.model, self.processing_class, self.accelerator)
-        self.pictures = len({name for rows in splits for names in rows[PICTURES][:] for name in names})
         self.features = self.data_collator.features = self.packing_collator.features = cache
-        # Their bytes need not be read any more; what is compared on resume are their names.
-        self.train_dataset, self.eval_dataset = (
-            rows.remove_columns("images") if "images" in rows.column_names else rows for rows in splits
-        )
+        self.train_dataset, self.eval_dataset = splits = self._encode(self.train_dataset, self.eval_dataset)
+        self.pictures = len({name for rows in splits for names in rows[PICTURES][:] for name in names})
 
-    def _plan(self, model_config: ModelConfig) -> memory_policy.Plan:
-        """Choose micro-batch and checkpointing by the longest row and the most pictures of any."""
+    def _encode(self, *splits: Dataset) -> list[Dataset]:
+        """Encode the pictures of splits; their bytes need not be read any more, and go."""
+        encode_pictures(
+            self.features,
+            splits,
+            model=self.model,
+            processor=self.processing_class,
+            accelerator=self.accelerator,
+        )
+        return [rows.remove_columns("images") if "images" in rows.column_names else rows for rows in splits]
+
+    def _measure_rows(self, model_config: ModelConfig) -> Callable[[], memory_policy.Plan]:
+        """What chooses micro-batch and checkpointing, by the longest row and the most pictures of any."""
         lengths = self.rows.lengths[self.stage.dataset_train_split]
-        pictures = [tuple(names) for names in self.train_dataset[PICTURES][:]]
-        rows = memory_policy.Rows(lengths, pictures, questions=self.stage.pack_questions)
-        longest = self._measure(max(range(len(lengths)), key=lengths.__getitem__))
-        seen = self._measure(max(range(len(pictures)), key=lambda number: len(pictures[number])))
+        tokens = [sum(counts) for counts in image_tokens(self.train_dataset, self.processing_class)]
+        self.loads = memory_policy.Rows(
+            lengths,
+            [tuple(names) for names in self.train_dataset[PICTURES][:]],
+            tokens,
+            questions=self.stage.pack_questions,
+            cuts=memory_policy.count_cuts(self.args, self.args.world_size),
+        )
+        longest, seen = (self._measure(max(range(len(own)), key=own.__getitem__)) for own in (lengths, tokens))
         row = replace(longest, images=max(longest.images, seen.images, key=sum))
         vision = "live" if self.live else "cached"
-        # Every question shares one picture at least.
-        self.loads = rows._replace(shared=row.images[0] if row.images else 0)
-        return memory_policy.settle(
-            self, row, self.loads, model_config=model_config, trains=self.stage.trains, vision=vision
-        )
+        choice = {"model_config": model_config, "trains": self.stage.trains, "vision": vision}
+        return partial(memory_policy.settle, self, row, self.loads, **choice)
 
     def _measure(self, number: int) -> Batch:
         return memory_policy.measure_row(self.train_dataset[number], self.processing_class)
@@ -198,7 +203,7 @@ class StageTrainer(SFTTrainer):
             return "vision_features: live"
         if all(count_without_images(rows) == len(rows) for rows in (self.train_dataset, self.eval_dataset)):
             return "there are no images"
-        reason = why_not(self.model, self.processing_class, dataset)
+        reason = why_not(self.model, self.processing_class, datasets=dataset.values())
         if reason and self.stage.vision_features == "cached":
             raise InputError(f"vision_features: cached: {reason}; set `vision_features: live`")
         if reason and self.is_world_process_zero():
@@ -217,16 +222,20 @@ class StageTrainer(SFTTrainer):
         if self.is_in_train and self.must_stop():
             raise checkpoints.EvaluationInterrupted
 
-    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, *args: object, **kwargs: object) -> dict[str, float]:
         """Evaluate without a trace in the random states: what is trained after it stays the same."""
         self.encode()
+        if eval_dataset is not None and self.features is not None and PICTURES not in eval_dataset.column_names:
+            (eval_dataset,) = self._encode(_name_pictures(eval_dataset))
         with checkpoints.unchanged_randomness():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The batches of one step; how long they let it wait is counted."""
+        """The batches of one step; how long they let it wait is counted, and not what the GPU has still to do."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         warning = self.wait.end_step()
         if self.is_world_process_zero():
             say_wait(warning)
@@ -345,6 +354,10 @@ class StageTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send nothing: training data may be about patients, and whoever trains was not asked."""
+
+
+def _name_pictures(rows: Dataset) -> Dataset:
+    return with_column(rows, PICTURES, name_pictures(rows))
 
 
 def _keep_full_precision(model: nn.Module, training: SFTConfig) -> None:

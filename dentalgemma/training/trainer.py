@@ -92,19 +92,10 @@ class StageTrainer(SFTTrainer):
         self.add_callback(self.proof)
         self.add_callback(Curves(stage.stage))
         self.add_callback(FirstLoss(model.config))
-        self.packing_collator = ChatCollator(
-            processor, pack_questions=stage.pack_questions, pack_texts=stage.pack_texts
-        )
-        rest_tower(self.model)
-        if supports_features(self.model):
-            prepare_backbone(self.model)
-        self.live = self._must_stay_live(dataset)
-        self.train_dataset, self.eval_dataset = map(_name_pictures, (self.train_dataset, self.eval_dataset))
+        self._prepare_pictures(dataset)
         self.settings = vars(stage) | training.to_dict() | vars(model_config)
         self.settings["vision_features"] = "live" if self.live else "cached"
         self.wait = DataWait(training.dataloader_num_workers, cached=not self.live)
-        self.features: FeatureCache | None = None
-        self.pictures: int | None = None
         self.stop = checkpoints.StopSignal()
         self.evaluation_due = self.stopping = False
         self.add_callback(checkpoints.StepHooks(self))
@@ -150,6 +141,20 @@ class StageTrainer(SFTTrainer):
         if self.must_stop() and checkpoints.is_saved(self):
             raise checkpoints.stopped(self)
         return output
+
+    def _prepare_pictures(self, dataset: DatasetDict) -> None:
+        """How pictures reach the language model: `live` says why the tower must see them, None that it need not."""
+        stage, processor = self.stage, self.processing_class
+        self.packing_collator = ChatCollator(
+            processor, pack_questions=stage.pack_questions, pack_texts=stage.pack_texts
+        )
+        rest_tower(self.model)
+        if supports_features(self.model):
+            prepare_backbone(self.model)
+        self.live = self._must_stay_live(dataset)
+        self.train_dataset, self.eval_dataset = map(_name_pictures, (self.train_dataset, self.eval_dataset))
+        self.features: FeatureCache | None = None
+        self.pictures: int | None = None
 
     def encode(self) -> None:
         """Encode every picture that the cache lacks, once; a run whose tower must see live does nothing here."""

@@ -421,7 +421,7 @@ def test_predictions_that_do_not_fit_are_refused_with_the_reason(published, tmp_
     [
         ("{", r"q.jsonl:1: not valid JSON"),
         ("[]", r"q.jsonl:1: expected keys and values, got list"),
-        ('{"item_id": "1"}', r"q.jsonl:1: a question needs item_id, question, options and answer"),
+        ('{"item_id": "1"}', r"q.jsonl:1: a question needs item_id, question and answer"),
         ('{"item_id": "1", "question": "?", "options": {"A": "x"}, "answer": "B"}', r"answer 'B' is not among A"),
         ("", "holds no question"),
     ],

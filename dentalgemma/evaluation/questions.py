@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,9 @@ from data_builders.chat import prompt_messages
 from data_builders.records import InputError
 
 Mode = Literal["generate", "loglikelihood"]
+Kind = Literal["closed", "open"]
 PROTOCOL_VERSIONS = {"generate": "letter/1", "loglikelihood": "option-mean/1"}  # how questions are put and scored
+OPEN_PROTOCOL = "open/1"  # an open question is put as it stands
 ASK_FOR_LETTER = {
     "en": "Question: {question}\nOptions:\n{options}\nAnswer with the letter of the correct option only.",
     "es": "Pregunta: {question}\nOpciones:\n{options}\nResponda solo con la letra de la opción correcta.",
@@ -29,23 +31,41 @@ class EvaluationError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A closed question: `options` maps letters to texts, `answer` is the right letter.
+    """A closed question: `options` maps letters to texts, `answer` is the right letter. An open one has no options,
+    and `answer` is the reference that a judge compares with.
 
     An option may be empty, as some of the benchmark's are. `image` is the file to show, if there is one; `image_id`
-    is what questions about one image have in common, `group_id` what images of one patient have in common.
+    is what questions about one image have in common, `group_id` what images of one patient have in common, `pair_id`
+    what translations of one question have in common. `option_values` says what each letter states, in labels of the
+    vocabulary or regions: what clinical figures are counted from.
     """
 
     item_id: str
     question: str
-    options: Mapping[str, str]
     answer: str
+    options: Mapping[str, str] = field(default_factory=dict)
     image: Path | None = None
     image_id: str | None = None
     group_id: str | None = None
+    pair_id: str | None = None
     question_type: str = ""
+    categories: tuple[str, ...] = ()
+    finding: str | None = None
+    option_values: Mapping[str, str] = field(default_factory=dict)
     language: str = "en"
     modality: str | None = None
+    source: str | None = None
     split: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Whether one of several options is to be chosen, or an answer to be written that a judge reads."""
+        return "closed" if self.options else "open"
+
+    @property
+    def answerable(self) -> bool:
+        """Whether the right answer is there to be given: the right option of some of the benchmark's is empty."""
+        return bool((self.options[self.answer] if self.options else self.answer).strip())
 
     @property
     def item_hash(self) -> str:
@@ -55,7 +75,9 @@ class Question:
 
 
 def load_questions(path: Path) -> list[Question]:
-    """Read closed questions from JSONL, such as `build-probe` writes; image paths are relative to the file.
+    """Read questions, closed and open ones, from JSONL such as `build-probe` and `import-questions` write.
+
+    Image paths are relative to the file.
 
     Raises:
         EvaluationError: naming the line, when a question lacks something, or an id comes twice.
@@ -67,13 +89,16 @@ def load_questions(path: Path) -> list[Question]:
             values = {name: entry[name] for name in Question.__dataclass_fields__ if entry.get(name) is not None}
             question = Question(**values)
         except TypeError:
-            raise EvaluationError(f"{where}: a question needs item_id, question, options and answer") from None
-        if question.answer not in question.options:
+            raise EvaluationError(
+                f"{where}: a question needs item_id, question and answer, and options if it is a closed one"
+            ) from None
+        if question.options and question.answer not in question.options:
             raise EvaluationError(f"{where}: answer {question.answer!r} is not among {', '.join(question.options)}")
         if question.item_id in questions:
             raise EvaluationError(f"{where}: item_id {question.item_id!r} comes twice")
         if question.image is not None:
-            question = Question(**(values | {"image": path.parent / question.image}))
+            values["image"] = path.parent / question.image
+        question = Question(**(values | {"categories": tuple(question.categories)}))
         questions[question.item_id] = question
     if not questions:
         raise EvaluationError(f"{path} holds no question")
@@ -117,10 +142,10 @@ def put_question(item: Question, picture: Image.Image | None, *, mode: Mode, sys
     """The conversation that asks a question: the image before the words, as in training.
 
     Mode `loglikelihood` asks the question alone; `generate` lists the options, empty ones left out, and asks for a
-    letter in the question's language.
+    letter in the question's language. An open question is asked alone.
     """
     question = item.question
-    if mode == "generate":
+    if mode == "generate" and item.kind == "closed":
         options = "\n".join(f"{letter}. {text}" for letter, text in item.options.items() if text.strip())
         wording = ASK_FOR_LETTER.get(item.language, ASK_FOR_LETTER["en"])
         question = wording.format(question=question, options=options)

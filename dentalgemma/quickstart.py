@@ -146,7 +146,8 @@ def make_data(run: Rehearsal) -> None:
     with run.step("Build the datasets"):
         build_vqa(sources, data / "vqa", contents=contents)
         build_instruct(load_sources(phantoms / "cases.yaml"), data / "instruct")
-        number = build_probe(data / "vqa", "test", run.folder / "evaluation" / "probe.jsonl", seed=run.seed)
+        probe = run.folder / "evaluation" / "probe.jsonl"
+        number = build_probe(data / "vqa", "test", probe, seed=run.seed, question_types=("diagnosis", "location"))
         console.print(f"{number} held-out closed questions")
 
 
@@ -264,20 +265,21 @@ def evaluate_arms(run: Rehearsal, arms: dict[str, tuple[str, str]]) -> dict:
 
 def judge(scores: dict, comparisons: dict) -> dict[str, bool]:
     """The rehearsal's own claims, each of which may fail."""
-    tuned = scores["tuned"]["accuracy"]
+    tuned = scores["tuned"]["closed"]
 
     def beats(arm: str) -> bool:
-        return comparisons[arm]["difference"] > 0 and comparisons[arm]["mcnemar_p"] < 0.001
+        pair = comparisons[arm]["closed"]
+        return pair["difference"] > 0 and pair["mcnemar_p"] < 0.001
 
     verdicts = {
         "the tuned model beats the base (exact McNemar p < 0.001)": beats("base"),
-        "it reaches at least twice chance": tuned >= 2 * scores["tuned"]["chance"],
+        "it reaches at least twice chance": tuned["accuracy"] >= 2 * tuned["chance"],
         "with blank images it falls back (p < 0.001)": beats("tuned_blank"),
         "with another phantom's image it falls back (p < 0.001)": beats("tuned_other"),
     }
     if "control" in scores:
-        twice = 2 * scores["control"]["chance"]
+        control = scores["control"]["closed"]
         verdicts["trained on shuffled images it does not get there"] = beats("control") and (
-            scores["control"]["accuracy"] < twice
+            control["accuracy"] < 2 * control["chance"]
         )
     return verdicts

@@ -14,7 +14,7 @@ from data_builders.dentition import fdi_region
 from data_builders.images import measure
 from data_builders.phantom import make_phantom
 from data_builders.phantom_formats import write_phantoms
-from data_builders.probes import build_probe
+from data_builders.probes import HEALTHY, build_probe
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
 
@@ -150,6 +150,8 @@ def test_the_right_option_is_what_the_phantom_was_drawn_with(phantoms):
         findings, right = truth[item["image_id"]], item["options"][item["answer"]]
         if item["language"] == "en" and item["question_type"] == "diagnosis":
             assert {words[finding.label] for finding in findings} == {right}
+        elif item["language"] == "en" and item["question_type"] == "screening":
+            assert {words[finding.label] for finding in findings} == {right} - {"No sign of disease."}
         elif item["language"] == "en":
             (finding,) = (finding for finding in findings if finding.label == item["finding"])
             agree.append(fdi_region(finding.tooth).replace("_", " ") in right)
@@ -158,7 +160,7 @@ def test_the_right_option_is_what_the_phantom_was_drawn_with(phantoms):
 
 
 def test_each_letter_is_the_right_one_equally_often(phantoms):
-    for question_type in ("diagnosis", "location"):
+    for question_type in ("diagnosis", "location", "screening"):
         items = [item for item in read(phantoms / "probe.jsonl") if item["question_type"] == question_type]
         keys = Counter(item["answer"] for item in items)
         assert set(keys) == set("ABCD")
@@ -195,7 +197,8 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_keys(phantom
 
     first, same, other = (path / "probe.jsonl" for path in (phantoms, tmp_path / "same", tmp_path / "other"))
     assert same.read_bytes() == first.read_bytes()
-    assert [item["item_id"] for item in read(other)] == [item["item_id"] for item in read(first)]
+    one, two = ([i["item_id"] for i in read(path) if i["question_type"] != "screening"] for path in (first, other))
+    assert one == two  # a screening draws the images too
     assert [item["answer"] for item in read(other)] != [item["answer"] for item in read(first)]
 
 
@@ -211,6 +214,118 @@ def test_another_image_changes_no_other_images_options(tmp_path):
     for item_id, item in few.items():
         assert more[item_id]["question"] == item["question"]
         assert set(more[item_id]["options"].values()) == set(item["options"].values())
+
+
+def test_each_letter_says_what_it_states_in_labels_or_regions(phantoms):
+    words = {"caries": "Caries.", "left_mandibular": "In the left mandibular region.", HEALTHY: "No sign of disease."}
+    items = [item for item in read(phantoms / "probe.jsonl") if item["language"] == "en"]
+
+    seen = Counter()
+    for item in items:
+        assert list(item["option_values"]) == list(item["options"])
+        assert item["categories"] == [item["finding"]]
+        if item["question_type"] != "location":
+            assert item["option_values"][item["answer"]] == item["finding"]
+        for letter, value in item["option_values"].items():
+            if value in words:
+                seen[value] += 1
+                assert item["options"][letter] == words[value]
+    assert set(seen) == set(words)
+
+
+def test_no_sign_of_disease_is_right_in_exactly_every_second_screening(phantoms):
+    """On as many images it is a wrong option as it is the right one, so that it gives nothing away."""
+    items = [item for item in read(phantoms / "probe.jsonl") if item["question_type"] == "screening"]
+    right = [item for item in items if item["option_values"][item["answer"]] == HEALTHY]
+
+    assert len(right) >= 6
+    assert len(items) == 2 * len(right)
+    assert all(list(item["option_values"].values()).count(HEALTHY) == 1 for item in items)
+    assert not {item["image_id"] for item in right} & {item["image_id"] for item in items if item not in right}
+
+
+def test_healthy_is_only_an_image_whose_every_source_shows_no_disease(tmp_path):
+    sick = record(2, [("caries", None)], modality="bitewing")
+    free, unread = record(4, [], modality="bitewing"), record(6, [], modality="bitewing", exhaustive=OPG[:2])
+    shared = record(8, [], modality="bitewing")
+    elsewhere = record(9, [("bone_loss", None)], modality="bitewing", exhaustive=(), image_id=shared["image_id"])
+
+    items = probe(tmp_path, [sick, free, unread, shared, elsewhere], question_types=["screening"])
+
+    assert {item["image_id"]: item["finding"] for item in items} == {
+        sick["image_id"]: "caries",
+        free["image_id"]: HEALTHY,
+    }
+    assert {item["option_values"][item["answer"]] for item in items} == {"caries", HEALTHY}
+
+
+def test_healthy_and_diseased_images_of_different_sources_are_not_put_side_by_side(tmp_path):
+    """The kind of picture would tell them apart."""
+    records = [record(2, [("caries", None)], modality="bitewing"), record(3, [], modality="bitewing")]
+
+    with pytest.raises(BuildError, match="images with and without disease from one source"):
+        probe(tmp_path, records, question_types=["screening"])
+
+
+def test_screening_changes_nothing_about_the_other_questions(phantoms, tmp_path):
+    build_probe(
+        phantoms / "dataset",
+        "train",
+        tmp_path / "probe.jsonl",
+        languages=("en", "es"),
+        question_types=("diagnosis", "location"),
+    )
+
+    others = [item for item in read(phantoms / "probe.jsonl") if item["question_type"] != "screening"]
+    assert read(tmp_path / "probe.jsonl") == others
+
+
+def test_questions_of_one_modality_and_of_chosen_findings(tmp_path):
+    opg = record(1, [("caries", "left_maxillary"), ("infection", "right_mandibular")])
+    photo = record(2, [("caries", None)], modality="intraoral_photo")
+
+    (tmp_path / "photo").mkdir()
+    (tmp_path / "finding").mkdir()
+    photos = probe(tmp_path / "photo", [opg, photo], modalities=["intraoral_photo"])
+    infections = probe(tmp_path / "finding", [opg, photo], findings=["infection"])
+
+    assert {item["image_id"] for item in photos} == {photo["image_id"]}
+    assert {(item["image_id"], item["finding"]) for item in infections} == {(opg["image_id"], "infection")}
+
+
+def test_a_maximum_per_finding_and_a_limit_are_spread_over_the_findings_in_whole_pairs(phantoms, tmp_path):
+    settings = {"languages": ("en", "es"), "question_types": ("diagnosis", "location")}
+    build_probe(phantoms / "dataset", "train", tmp_path / "two.jsonl", per_finding=2, **settings)
+    build_probe(phantoms / "dataset", "train", tmp_path / "fifty.jsonl", limit=50, languages=("en", "es"))
+    build_probe(phantoms / "dataset", "train", tmp_path / "odd.jsonl", limit=25, languages=("en", "es"))
+
+    two, fifty, odd = (read(tmp_path / f"{name}.jsonl") for name in ("two", "fifty", "odd"))
+    each = Counter((item["question_type"], item["finding"], item["language"]) for item in two)
+    assert max(each.values()) == 2
+    assert (len(fifty), len(odd)) == (50, 24)
+    assert set(Counter(item["pair_id"] for item in fifty).values()) == {2}
+    located = Counter(item["finding"] for item in fifty if item["question_type"] == "location")
+    assert max(located.values()) - min(located.values()) <= 2  # one question more, in two languages
+    keys = Counter(item["answer"] for item in fifty if item["question_type"] == "location")
+    assert max(keys.values()) - min(keys.values()) <= 2
+    screening = Counter(item["finding"] == HEALTHY for item in fifty if item["question_type"] == "screening")
+    assert screening[True] == screening[False] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"modalities": ["mri"]}, "no modality 'mri'; choose among panoramic"),
+        ({"findings": ["cariez"]}, "no finding 'cariez'; choose among bone_loss, "),
+        ({"findings": ["caries", "calculus"]}, r"nothing can be asked about split 'test' \(calculus\)"),
+        ({"question_types": ["severity"]}, "no question type 'severity'; choose among diagnosis, location, screening"),
+        ({"languages": ("en", "es"), "limit": 1}, "limit 1 leaves no question in each of 2 languages"),
+        ({"per_finding": 0}, "per_finding 0"),
+    ],
+)
+def test_a_choice_that_leaves_nothing_is_an_error(tmp_path, settings, reason):
+    with pytest.raises(BuildError, match=reason):
+        probe(tmp_path, [record(1, [("caries", "left_maxillary")])], **settings)
 
 
 def test_wrong_use_is_answered_with_what_to_do(tmp_path):

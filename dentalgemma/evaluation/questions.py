@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Literal
 
 from PIL import Image
 
 from data_builders.chat import prompt_messages
-from data_builders.records import InputError
+from dentalgemma.evaluation.files import EvaluationError, read_text, write_whole
 
 Mode = Literal["generate", "loglikelihood"]
 Kind = Literal["closed", "open"]
@@ -23,10 +25,15 @@ ASK_FOR_LETTER = {
     "en": "Question: {question}\nOptions:\n{options}\nAnswer with the letter of the correct option only.",
     "es": "Pregunta: {question}\nOpciones:\n{options}\nResponda solo con la letra de la opción correcta.",
 }
-
-
-class EvaluationError(InputError):
-    """Questions or predictions that cannot be used as they are; the message names the file and the remedy."""
+# Names that other formats have for what would otherwise pass unread, and turn a closed question into an open one.
+MISNAMED = {
+    "id": "item_id",
+    "index": "item_id",
+    "choices": "options",
+    "image_path": "image",
+    "images": "image",
+    "category": "categories",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +82,10 @@ class Question:
 
 
 def load_questions(path: Path) -> list[Question]:
-    """Read questions, closed and open ones, from JSONL such as `build-probe` and `import-questions` write.
+    """Read questions, closed and open ones, from any JSONL whose keys are the fields of `Question`.
 
-    Image paths are relative to the file.
+    A list of options gets the letters A, B, …; an answer may be a letter, or the text of exactly one option. Image
+    paths are relative to the file, and the path stands for an `image_id` that is not given. Other keys are left alone.
 
     Raises:
         EvaluationError: naming the line, when a question lacks something, or an id comes twice.
@@ -85,24 +93,147 @@ def load_questions(path: Path) -> list[Question]:
     path = Path(path)
     questions: dict[str, Question] = {}
     for where, entry in _read_jsonl(path):
-        try:
-            values = {name: entry[name] for name in Question.__dataclass_fields__ if entry.get(name) is not None}
-            question = Question(**values)
-        except TypeError:
-            raise EvaluationError(
-                f"{where}: a question needs item_id, question and answer, and options if it is a closed one"
-            ) from None
-        if question.options and question.answer not in question.options:
-            raise EvaluationError(f"{where}: answer {question.answer!r} is not among {', '.join(question.options)}")
+        question = _read_question(entry, where, path.parent)
         if question.item_id in questions:
             raise EvaluationError(f"{where}: item_id {question.item_id!r} comes twice")
-        if question.image is not None:
-            values["image"] = path.parent / question.image
-        question = Question(**(values | {"categories": tuple(question.categories)}))
         questions[question.item_id] = question
     if not questions:
         raise EvaluationError(f"{path} holds no question")
     return list(questions.values())
+
+
+def _read_question(entry: Mapping, where: str, folder: Path) -> Question:
+    for name, meant in MISNAMED.items():
+        if name in entry and entry.get(meant) is None:
+            raise EvaluationError(f"{where}: {name!r} is not read; rename it to {meant!r}")
+    values = {name: entry[name] for name in Question.__dataclass_fields__ if entry.get(name) is not None}
+    missing = [name for name in ("item_id", "question", "answer") if name not in values]
+    if missing:
+        raise EvaluationError(
+            f"{where}: a question needs item_id, question and answer, and options if it is a closed one; there is no "
+            f"{' and no '.join(missing)}"
+        )
+    if type(values["item_id"]) is int:
+        values["item_id"] = str(values["item_id"])
+    if isinstance(values.get("categories"), str):
+        values["categories"] = [values["categories"]]
+    _check_texts(values, where)
+    options = _read_options(values.get("options", {}), where)
+    values |= {"options": options, "categories": tuple(values.get("categories", ()))}
+    values["answer"] = _find_letter(values["answer"], options, where) if options else values["answer"]
+    if len(options) == 1:
+        raise EvaluationError(f"{where}: a closed question needs two options at least; an open one has none")
+    stray = set(values.get("option_values", {})) - set(options)
+    if stray:
+        raise EvaluationError(
+            f"{where}: option_values has {', '.join(sorted(stray))}, which is no letter of the options"
+        )
+    if "image" in values:
+        values.setdefault("image_id", values["image"])
+        values["image"] = folder / values["image"]
+    return Question(**values)
+
+
+def _check_texts(values: Mapping, where: str) -> None:
+    """Every field is a text but `options`, a list of texts (`categories`), or texts by letter (`option_values`)."""
+    for name, value in values.items():
+        if name == "options":
+            continue
+        texts = [value]
+        if name == "categories" and isinstance(value, list):
+            texts = value
+        elif name == "option_values" and isinstance(value, dict):
+            texts = list(value.values())
+        elif name == "option_values":
+            raise EvaluationError(f"{where}: option_values should map letters to values, got {json.dumps(value)}")
+        for text in texts:
+            _check_text(text, f"{where}: {name}")
+    for name in ("item_id", "question", "image"):
+        if name in values and not values[name].strip():
+            raise EvaluationError(f"{where}: {name} is empty")
+    if "://" in values.get("image", "")[:10] or values.get("image", "").startswith("data:"):
+        raise EvaluationError(f"{where}: image is a URL; save the image and give the path of its file")
+
+
+def _check_text(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise EvaluationError(f"{what} should be a text, got {json.dumps(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise EvaluationError(f"{what} holds half a character (a lone surrogate); write the text anew") from None
+
+
+def _read_options(options: object, where: str) -> dict[str, str]:
+    if isinstance(options, list):
+        if len(options) > len(ascii_uppercase):
+            raise EvaluationError(f"{where}: {len(options)} options, more than there are letters")
+        options = dict(zip(ascii_uppercase, options, strict=False))
+    if not isinstance(options, dict):
+        raise EvaluationError(f"{where}: options should map letters to texts, or list texts, got {json.dumps(options)}")
+    for letter, text in options.items():
+        if len(letter) != 1 or letter not in ascii_uppercase:
+            raise EvaluationError(
+                f"{where}: option {letter!r} needs one capital letter, A to Z; or give a list of texts"
+            )
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise EvaluationError(
+                f'{where}: option {letter} should be a text, got {json.dumps(text)}; an option that is empty is ""'
+            )
+    options = {letter: str(text) for letter, text in options.items()}
+    for letter, text in options.items():
+        _check_text(text, f"{where}: option {letter}")
+    return options
+
+
+def _find_letter(answer: str, options: Mapping[str, str], where: str) -> str:
+    """The right letter; an answer that is no letter may be the text of exactly one option."""
+    if answer in options:
+        return answer
+    same = [letter for letter, text in options.items() if text.strip() and text.strip() == answer.strip()]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise EvaluationError(f"{where}: answer {answer!r} is the text of {', '.join(same)}; give the letter")
+    raise EvaluationError(f"{where}: answer {answer!r} is not among {', '.join(options)}, nor the text of an option")
+
+
+def check_images(items: Iterable[Question]) -> None:
+    """Stop before the first answer, rather than in the middle, where an image is missing.
+
+    Raises:
+        EvaluationError: naming the first missing files.
+    """
+    files = {item.image: item.item_id for item in items if item.image is not None}
+    missing = [(image, item_id) for image, item_id in files.items() if not image.is_file()]
+    if missing:
+        shown = "; ".join(f"{image} (item {item_id})" for image, item_id in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise EvaluationError(f"no such image: {shown}{more}; image paths are relative to the questions file")
+
+
+def write_questions(path: Path, items: Sequence[Question]) -> None:
+    """Write questions so that `load_questions` reads the same; image paths become relative to the file."""
+    path = Path(path)
+    lines = [json.dumps(_to_json(item, path.parent), ensure_ascii=False, separators=(",", ":")) for item in items]
+    write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def _to_json(item: Question, folder: Path) -> dict:
+    values = {name: getattr(item, name) for name in Question.__dataclass_fields__}
+    values |= {"options": dict(item.options), "option_values": dict(item.option_values)}
+    if item.image is not None:
+        values["image"] = Path(os.path.relpath(item.image, folder)).as_posix()
+    kept = {name: value for name, value in values.items() if value or name == "answer"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def questions_sha256(items: Iterable[Question]) -> str:
+    """Identifies a set of questions with its key, in whatever order or file: of what is asked, shown and right."""
+    asked = sorted(
+        [item.item_id, item.question, sorted(item.options.items()), item.image_id, item.answer] for item in items
+    )
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
@@ -123,19 +254,23 @@ def read_predictions(path: Path) -> dict[str, dict]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
+                entry = json.loads(line, object_pairs_hook=_keep_all)
+            except (ValueError, RecursionError) as error:
                 raise EvaluationError(f"{path}:{number}: not valid JSON: {error}") from None
             if not isinstance(entry, dict):
                 raise EvaluationError(f"{path}:{number}: expected keys and values, got {type(entry).__name__}")
             yield f"{path}:{number}", entry
+
+
+def _keep_all(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; JSON itself would take the last of two equal keys and drop the first without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def put_question(item: Question, picture: Image.Image | None, *, mode: Mode, system_prompt: str) -> list[dict]:

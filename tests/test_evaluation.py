@@ -18,7 +18,7 @@ from dentalgemma.evaluation.questions import (
     read_predictions,
     swap_images,
 )
-from dentalgemma.evaluation.scoring import compare_predictions, format_comparison, score_predictions
+from dentalgemma.evaluation.scoring import score_predictions
 from dentalgemma.models.loading import load_pretrained
 from dentalgemma.models.tiny import make_tiny_gemma3
 
@@ -36,7 +36,15 @@ WORDING = ("Where is it on this panoramic radiograph?", "What does it show?", "W
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_gemma3(folder, [*OPTIONS.values(), *WORDING, SYSTEM], vocab_size=600)
-    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    _untie(model)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def _untie(model):
+    """With tied embeddings a random model repeats the last token of whatever it is asked."""
+    shape = model.lm_head.weight.shape
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +174,7 @@ def test_generation_in_a_padded_batch_is_that_of_each_question_alone(tiny, items
         assert line["output"] == processor.tokenizer.decode(tokens, skip_special_tokens=True)
         assert line["finish_reason"] == "length"
         assert line["generation"] == {"do_sample": False, "max_new_tokens": 6}
+    assert len({line["output"] for line in lines}) > 4
 
 
 def test_generation_stops_at_the_turn_end_and_says_so_whatever_the_generation_config(tiny, items, tmp_path):
@@ -323,62 +332,6 @@ def test_the_model_trains_on_as_it_did_before(tiny, items, tmp_path):
     tiny[0].eval()
 
 
-# Scoring: files as anyone may write them.
-
-
-def write(path, entries):
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def published(tmp_path):
-    """The published pair of 491 questions: 46 both right, 44 only the first, 83 only the second, 318 neither."""
-    cells = [(True, True)] * 46 + [(True, False)] * 44 + [(False, True)] * 83 + [(False, False)] * 318
-    questions = [
-        {"item_id": str(n), "question": "?", "options": {"A": "x", "B": "y"}, "answer": "A", "image_id": f"i{n // 5}"}
-        for n in range(491)
-    ]
-    for side, name in enumerate("ab"):
-        lines = [{"item_id": str(n), "output": "A" if cell[side] else "B"} for n, cell in enumerate(cells)]
-        write(tmp_path / f"{name}.jsonl", [line | {"mode": "generate", "model": name} for line in lines])
-    return tmp_path / "a.jsonl", tmp_path / "b.jsonl", write(tmp_path / "q.jsonl", questions)
-
-
-def test_the_published_comparison_is_reproduced(published):
-    result = json.loads(json.dumps(compare_predictions(*published)))
-
-    assert (result["both"], result["only_a"], result["only_b"], result["neither"]) == (46, 44, 83, 318)
-    assert round(result["mcnemar_p"], 6) == 0.000685
-    assert result["a"]["accuracy"] == pytest.approx(0.18329938900203666)
-    assert result["b"]["accuracy"] == pytest.approx(0.26272912423625255)
-    assert result["difference"] == pytest.approx(0.07942973523421588)
-    low, high = result["difference_by_question"]
-    # golden_stats.json gives the standard error of the difference; the normal interval is the oracle.
-    assert low == pytest.approx(result["difference"] - 1.96 * 0.022670342813050946, abs=0.006)
-    assert high == pytest.approx(result["difference"] + 1.96 * 0.022670342813050946, abs=0.006)
-    text = format_comparison(result)
-    assert "18.33 %" in text
-    assert "+7.94 points" in text
-    assert "p = 0.000685" in text
-
-
-def test_a_score_counts_types_methods_and_unreadable_answers_as_wrong(tmp_path):
-    base = {"question": "?", "options": OPTIONS, "answer": "B", "image_id": "i"}
-    questions = [base | {"item_id": str(n), "question_type": "one" if n < 3 else "two"} for n in range(4)]
-    outputs = ["B", "B) it is", "it is an impacted tooth. Surely", "no idea, sorry, none of this can be told from here"]
-    lines = [{"item_id": str(n), "output": output, "mode": "generate"} for n, output in enumerate(outputs)]
-
-    result = score_predictions(write(tmp_path / "p.jsonl", lines), write(tmp_path / "q.jsonl", questions))
-
-    assert (result["n"], result["correct"], result["accuracy"], result["failed"]) == (4, 3, 0.75, 0.25)
-    assert result["chance"] == 0.25
-    assert result["methods"] == {"end_letter": 1, "start_letter": 1, "option_text": 1, "failed": 1}
-    assert {name: own["correct"] for name, own in result["per_question_type"].items()} == {"one": 3, "two": 0}
-    assert result["interval_by_image"] == [0.75, 0.75]  # one image, always drawn whole
-    assert json.loads(json.dumps(result)) == result
-
-
 def test_predictions_of_a_real_run_are_scored_by_their_letters(tiny, items, tmp_path):
     lines = answer(tiny, items, tmp_path / "p.jsonl")
     entries = [
@@ -387,33 +340,13 @@ def test_predictions_of_a_real_run_are_scored_by_their_letters(tiny, items, tmp_
         for item, line in zip(items, lines, strict=True)
     ]
 
-    result = score_predictions(tmp_path / "p.jsonl", write(tmp_path / "q.jsonl", entries))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
-    assert (result["accuracy"], result["n"]) == (1.0, 7)
-    assert result["methods"] == {"loglikelihood": 7}
+    closed = score_predictions(tmp_path / "p.jsonl", tmp_path / "q.jsonl")["closed"]
 
-
-def test_predictions_that_do_not_fit_are_refused_with_the_reason(published, tmp_path):
-    a, b, questions = published
-    lines = [json.loads(line) for line in a.read_text().splitlines()]
-    short = write(tmp_path / "short.jsonl", lines[:-2])
-    foreign = write(tmp_path / "foreign.jsonl", [*lines, {"item_id": "x", "output": "A"}])
-    twice = write(tmp_path / "twice.jsonl", [*lines, lines[0]])
-    scored = write(tmp_path / "scored.jsonl", [line | {"mode": "loglikelihood", "letter": "A"} for line in lines])
-    mixed = write(tmp_path / "mixed.jsonl", [lines[0] | {"mode": "loglikelihood"}, *lines[1:]])
-    other = write(tmp_path / "other.jsonl", [lines[0] | {"item_hash": "0"}, *lines[1:]])
-
-    for path, reason in (
-        (short, "lacks 2 of 491 items, for example 489: run `dentalgemma evaluate` again"),
-        (foreign, "answers 1 items that .* does not ask: x"),
-        (twice, r"twice.jsonl:492: item 0 was answered before"),
-        (mixed, "mixes mode"),
-        (other, "item 0 was asked differently"),
-    ):
-        with pytest.raises(EvaluationError, match=reason):
-            score_predictions(path, questions)
-    with pytest.raises(EvaluationError, match="cannot be compared"):
-        compare_predictions(scored, b, questions)
+    assert (closed["accuracy"], closed["n"]) == (1.0, 7)
+    assert closed["methods"] == {"loglikelihood": 7}
+    assert closed["protocols"] is None  # there is no text to read
 
 
 @pytest.mark.parametrize(
@@ -447,9 +380,11 @@ def test_gemma_4_is_scored_as_one_option_at_a_time_would_be(tiny_gemma4, items, 
 
 def test_gemma_4_writes_the_same_in_batches_and_alone(tiny_gemma4, items, tmp_path):
     gemma4 = load_pretrained(tiny_gemma4, dtype=torch.float32)
+    _untie(gemma4[0])
     outputs = [
         [line["output"] for line in answer(gemma4, items, tmp_path / f"{size}.jsonl", mode="generate", batch_size=size)]
         for size in (1, 4)
     ]
 
     assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) > 3

@@ -1,39 +1,45 @@
-"""Ask a model closed questions and write its predictions, resumably."""
+"""Ask a model questions, closed and open ones, and write its predictions, resumably."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
+import platform
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from PIL import Image
+import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from data_builders.chat import SYSTEM_PROMPT
-from data_builders.images import to_rgb
 from dentalgemma.evaluation.likelihood import complete, encode, score_options
-from dentalgemma.evaluation.questions import (
-    PROTOCOL_VERSIONS,
-    EvaluationError,
-    Mode,
-    Question,
-    put_question,
-    read_predictions,
-    swap_images,
+from dentalgemma.evaluation.predictions import (
+    Arm,
+    append_predictions,
+    choose_images,
+    identify,
+    open_image,
+    progress_bar,
+    utc_now,
 )
+from dentalgemma.evaluation.questions import Mode, Question, put_question
 from dentalgemma.models.loading import fingerprint_weights
 from dentalgemma.models.processors import image_fit
 
-Arm = Literal["true", "blank", "other"]
-GREY = (128, 128, 128)
+# What a generation config says beside how tokens are chosen.
+NO_DECODING = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "cache_implementation",
+    "num_beams",
+    "transformers_version",
+)
+SOFTWARE = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def evaluate_questions(
@@ -46,27 +52,31 @@ def evaluate_questions(
     images: Arm = "true",
     batch_size: int = 8,
     max_new_tokens: int = 64,
+    max_new_tokens_open: int = 512,
     system_prompt: str = SYSTEM_PROMPT,
     model_name: str | None = None,
     progress: bool = True,
 ) -> None:
     """Answer `items` and append each answer to `out` (JSONL); what `out` already answers is not asked again.
 
-    `generate` lists the options, asks for a letter and decodes greedily; the letter is extracted later, from the file.
+    `generate` decodes greedily, so that there is no seed to record. Of a closed question it lists the options and asks
+    for a letter, which is extracted later, from the file; an open one stands alone. The two are never in one batch.
 
     `loglikelihood` asks the question alone and scores each option as the assistant's answer followed by the turn end.
     The score of an option is the mean of its tokens' log-probabilities: their sum over the tokens of option and turn
     end, divided by the number of these tokens, so that longer options are not at a disadvantage. Sum and mean are both
     written; the highest mean is the answer, the first one on a tie. An empty option cannot be answered.
 
-    `images` says what is shown: each question's own image, a mid-grey one of the same size (`blank`), or one of another
-    patient (`other`). `latency_ms` is the time of the batch, opening images included, divided by its items.
+    `images` says what is shown: each question's own image, a mid-grey one of the same size (`blank`), one of another
+    patient (`other`), or the text alone (`none`). `latency_ms` is the time of the batch, opening images included,
+    divided by its items; lines of the first batch say `warm_up`, since it waits for what later ones find ready.
 
     Raises:
-        EvaluationError: when `out` holds answers of another model, mode or setting, or to other questions.
+        EvaluationError: when `out` holds answers of another model, mode or setting, or to other questions, or another
+            process is writing it; for open questions with `loglikelihood`.
     """
-    if mode not in PROTOCOL_VERSIONS or images not in Arm.__args__:
-        raise EvaluationError(f"no mode {mode!r} with images {images!r}; choose {PROTOCOL_VERSIONS} and {Arm.__args__}")
+    shown = choose_images(items, mode=mode, images=images)
+    limits = {"closed": max_new_tokens, "open": max_new_tokens_open}
     settings = {
         "model": model_name or model.config._name_or_path,
         "weights": fingerprint_weights(model),
@@ -74,50 +84,45 @@ def evaluate_questions(
         "mode": mode,
         "images": images,
         # Nothing for stretched pictures, as in files written before there was a choice.
-        "image_fit": "pan_and_scan" if image_fit(processor) == "pan_and_scan" else None,
-        "protocol": PROTOCOL_VERSIONS[mode],
+        "image_fit": "pan_and_scan" if images != "none" and image_fit(processor) == "pan_and_scan" else None,
         "system_prompt": system_prompt,
-        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens} if mode == "generate" else None,
     }
-    swapped = swap_images(items) if images == "other" else {}
-    shown = {item.item_id: swapped.get(item.image_id, item) for item in items}
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = _read_done(out, items, shown, settings)
-    left = [item for item in items if item.item_id not in done]
-    circumstances = settings | {"batch_size": batch_size, "hardware": _hardware(model)}
-    answer = partial(_generate, max_new_tokens=max_new_tokens) if mode == "generate" else score_options
+    decoding = {kind: _describe(model, limit) if mode == "generate" else None for kind, limit in limits.items()}
+    asked = {
+        item.item_id: identify(item, shown[item.item_id], mode=mode) | settings | {"generation": decoding[item.kind]}
+        for item in items
+    }
+    circumstances = {
+        "batch_size": batch_size,
+        "hardware": _hardware(model.device),
+        "attention": model.config._attn_implementation,
+        "software": SOFTWARE,
+        "certificate": _read_certificate(model, settings["weights"]),
+    }
     was_training = model.training
     model.eval()
-    with out.open("a", encoding="utf-8") as file, _progress(progress) as bar, torch.inference_mode():
-        task = bar.add_task(f"Answering, {images} images", total=len(items), completed=len(done))
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            began = time.perf_counter()
-            conversations = [
-                put_question(item, _open(shown[item.item_id], images), mode=mode, system_prompt=system_prompt)
-                for item in batch
-            ]
-            answers = answer(model, processor, batch, conversations)
-            latency = round((time.perf_counter() - began) * 1000 / len(batch), 3)
-            for item, answered in zip(batch, answers, strict=True):
-                line = _identify(item, shown) | answered | {"latency_ms": latency} | circumstances
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            bar.advance(task, len(batch))
-    model.train(was_training)
-
-
-def _generate(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    batch: Sequence[Question],
-    conversations: Sequence[list[dict]],
-    *,
-    max_new_tokens: int,
-) -> list[dict]:
-    return write_answers(model, processor, conversations, max_new_tokens=max_new_tokens)
+    try:
+        with append_predictions(out, asked) as file, progress_bar(progress) as bar, torch.inference_mode():
+            left = [item for item in items if item.item_id not in file.done]
+            task = bar.add_task(f"Answering, {images} images", total=len(items), completed=len(file.done))
+            for number, batch in enumerate(_batches(left, batch_size)):
+                began = _clock(model.device)
+                pictures = [open_image(shown[item.item_id], images=images) for item in batch]
+                conversations = [
+                    put_question(item, picture, mode=mode, system_prompt=system_prompt)
+                    for item, picture in zip(batch, pictures, strict=True)
+                ]
+                if mode == "generate":
+                    answers = write_answers(model, processor, conversations, max_new_tokens=limits[batch[0].kind])
+                else:
+                    answers = score_options(model, processor, batch, conversations)
+                latency = round((_clock(model.device) - began) * 1000 / len(batch), 3)
+                when = {"latency_ms": latency, "warm_up": number == 0, "answered_at": utc_now()}
+                pairs = zip(batch, answers, strict=True)
+                file.write([asked[item.item_id] | answered | when | circumstances for item, answered in pairs])
+                bar.advance(task, len(batch))
+    finally:
+        model.train(was_training)
 
 
 def write_answers(
@@ -133,11 +138,10 @@ def write_answers(
     `synced_gpus` keeps processes in step that hold one model between them; `None` lets transformers find out.
     """
     inputs = encode(processor, conversations).to(model.device, model.dtype)
-    config = copy.deepcopy(model.generation_config)
+    config = _decode_greedily(model, max_new_tokens)
     eos = config.eos_token_id or []
     turn_end = complete(processor, conversations[0], "")[-1]
     ends = {turn_end, *(eos if isinstance(eos, list) else [eos])}
-    config.update(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=max_new_tokens)
     config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id, use_cache=True)
     written = model.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
     answers = []
@@ -148,52 +152,64 @@ def write_answers(
     return answers
 
 
-def _read_done(
-    out: Path, items: Sequence[Question], shown: Mapping[str, Question], settings: Mapping[str, object]
-) -> set[str]:
-    """The items that `out` answers already; a line that a killed run left unfinished is cut off."""
-    if not out.exists():
-        return set()
-    content = out.read_bytes()
-    complete_lines = content[: content.rfind(b"\n") + 1]
-    if len(complete_lines) < len(content):
-        out.write_bytes(complete_lines)
-    done = read_predictions(out)
-    asked = {item.item_id: _identify(item, shown) for item in items}
-    for item_id, line in done.items():
-        expected = asked.get(item_id, {"item_id": None}) | settings
-        changed = {name: line.get(name) for name, value in expected.items() if line.get(name) != value}
-        if changed:
-            wanted = {name: expected[name] for name in changed}
-            raise EvaluationError(
-                f"{out} holds answers that do not belong to this run: {changed} there, {wanted} here; "
-                "choose another file, or delete it to ask again"
-            )
-    return set(done)
+def _decode_greedily(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+    config = copy.deepcopy(model.generation_config)
+    config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1, max_new_tokens=max_new_tokens)
+    return config
 
 
-def _identify(item: Question, shown: Mapping[str, Question]) -> dict:
-    image_shown = shown[item.item_id].image_id
-    return {"item_id": item.item_id, "image_id": item.image_id, "item_hash": item.item_hash, "image_shown": image_shown}
+def _describe(model: PreTrainedModel, max_new_tokens: int) -> dict:
+    """The decoding parameters, and what else a model's own config asks for, such as a penalty for repetitions."""
+    config = _decode_greedily(model, max_new_tokens).to_diff_dict()
+    own = {name: value for name, value in config.items() if name not in NO_DECODING and not name.startswith("_")}
+    return {"do_sample": False, "max_new_tokens": max_new_tokens} | own
 
 
-def _open(item: Question, images: Arm) -> Image.Image | None:
-    if item.image is None:
-        if images == "blank":
-            raise EvaluationError(f"item {item.item_id} has no image that a blank one could replace")
-        return None
+def _batches(items: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    """Closed questions first, then open ones: a batch lasts as long as its longest answer."""
+    for kind in ("closed", "open"):
+        own = [item for item in items if item.kind == kind]
+        for start in range(0, len(own), size):
+            yield own[start : start + size]
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _hardware(device: torch.device) -> str:
+    """The name of the GPU, or of the processor with the threads that are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def _processor_name() -> str:
     try:
-        with Image.open(item.image) as opened:
-            picture = to_rgb(opened)
-    except OSError as error:
-        raise EvaluationError(f"{item.image}: the image of item {item.item_id} cannot be opened: {error}") from None
-    return Image.new("RGB", picture.size, GREY) if images == "blank" else picture
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or f"CPU {platform.machine()}"
 
 
-def _hardware(model: PreTrainedModel) -> str:
-    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+def _read_certificate(model: PreTrainedModel, weights: str) -> str | None:
+    """`passed` or `failed`, as the merge certificate beside the weights says; None where none is about these weights.
 
+    The weights of a failed merge are answered with all the same, so that what went wrong can be looked into.
+    """
+    folder = Path(model.config._name_or_path or "/")
+    if not (folder / "merge_certificate.json").is_file():
+        return None
+    from dentalgemma.merging import MergeError, read_certificate  # which imports the trainer
 
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    try:
+        certificate = read_certificate(folder)
+    except MergeError as error:
+        message = f"Warning: {error}; its answers say nothing of the model that was to be merged"
+        Console(file=sys.stderr).print(message, soft_wrap=True, markup=False, highlight=False)
+        return "failed"
+    return "passed" if certificate.get("weights") == weights else None

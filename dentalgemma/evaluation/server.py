@@ -1,0 +1,216 @@
+"""Ask a model behind an endpoint the same questions, by the same prompts, into the same file. Light: no torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from data_builders.chat import SYSTEM_PROMPT
+from data_builders.images import STORED_AS_IT_IS, ImageError, read_stored
+from dentalgemma.evaluation.endpoints import Endpoint, EndpointError, Reply
+from dentalgemma.evaluation.predictions import (
+    Arm,
+    PredictionFileError,
+    append_predictions,
+    choose_images,
+    identify,
+    open_image,
+    progress_bar,
+    utc_now,
+)
+from dentalgemma.evaluation.questions import EvaluationError, Mode, Question, put_question
+
+AS_THE_FILE_IS = ("L", "RGB")  # pixels that every reader takes for the same; palettes and transparency are not
+REFUSED = (400, 413, 422)  # statuses that are about one request
+HOPELESS = (401, 403, 404)  # statuses that are about all of them
+GIVE_UP_AFTER = 10  # failures in a row that are about none: the server is gone
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def ask_server(
+    endpoint: Endpoint,
+    items: Sequence[Question],
+    *,
+    out: Path,
+    mode: Mode = "generate",
+    images: Arm = "true",
+    workers: int = 4,
+    max_new_tokens: int = 64,
+    max_new_tokens_open: int = 512,
+    system_prompt: str = SYSTEM_PROMPT,
+    model_name: str | None = None,
+    hardware: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Answer `items` by `workers` requests at a time and append each answer to `out` (JSONL); resumes as
+    `evaluate_questions` does.
+
+    Temperature 0 and seed 0 are asked for; each line says what the server took. An empty answer is an answer. Lines
+    come in the order of the answers. `latency_ms` is the time of the request as this side sees it, with so many others
+    beside it; None where it took several tries. `hardware` is the server's, for the record.
+
+    Raises:
+        EvaluationError: when some items got no answer, after all others have theirs; the same command asks for these
+            alone. Before anything is asked, when `out` holds other answers, or for mode `loglikelihood`.
+    """
+    if mode != "generate":
+        raise EvaluationError(
+            f"mode {mode} scores options by the logits of a model that is loaded here, which a server does not give; "
+            "use mode generate, or --model with a folder"
+        )
+    shown = choose_images(items, mode=mode, images=images)
+    limits = {"closed": max_new_tokens, "open": max_new_tokens_open}
+    settings = {
+        "model": model_name or endpoint.model,
+        "weights": None,
+        "dtype": None,
+        "mode": mode,
+        "images": images,
+        "image_fit": None,
+        "system_prompt": system_prompt,
+        "server": {"url": endpoint.url, "api": endpoint.api, "served_model": endpoint.model},
+    }
+    asked = {
+        item.item_id: identify(item, shown[item.item_id], mode=mode)
+        | settings
+        | {"generation": {"temperature": 0, "seed": 0, "max_tokens": limits[item.kind]}}
+        for item in items
+    }
+    with append_predictions(out, asked) as file, progress_bar(progress) as bar:
+        left = [item for item in items if item.item_id not in file.done]
+        task = bar.add_task(f"Asking {settings['model']}, {images} images", total=len(items), completed=len(file.done))
+        warm_up = {item.item_id for item in left[:workers]}  # the first one of each worker
+
+        def ask(item: Question) -> None:
+            known = asked[item.item_id]
+            system, messages = write_messages(item, shown[item.item_id], images=images, system_prompt=system_prompt)
+            reply = endpoint.complete(messages, system=system, **known["generation"])
+            circumstances = {"warm_up": item.item_id in warm_up, "batch_size": None, "hardware": hardware}
+            file.write([_compose_line(known, reply, workers=workers) | circumstances])
+            bar.advance(task)
+
+        failures, unasked = _ask_all(ask, left, workers=workers, interrupt=endpoint.close)
+    if failures:
+        raise _explain(out, failures, unasked=unasked)
+
+
+class Outcome(NamedTuple):
+    """What failed, by item, and how many items were not asked since others would have failed as well."""
+
+    failures: dict[str, EvaluationError]
+    unasked: int
+
+
+def _ask_all(
+    ask: Callable[[Question], None], items: Sequence[Question], *, workers: int, interrupt: Callable[[], None]
+) -> Outcome:
+    """Ask and write all items; a worker takes the next one when its answer is written, so that a kill costs one each.
+
+    `interrupt` ends the waits of what is under way, when the run is broken off: leaving the pool waits for them.
+
+    Raises:
+        PredictionFileError: when an answer cannot be written.
+    """
+    stopped = threading.Event()
+    failures: dict[str, EvaluationError] = {}
+    unasked = in_a_row = 0
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            waiting = {pool.submit(lambda item: stopped.is_set() or ask(item), item): item for item in items}
+            for future in as_completed(waiting):
+                try:
+                    unasked += future.result() is True
+                except PredictionFileError:
+                    raise
+                except EvaluationError as error:
+                    failures[waiting[future].item_id] = error
+                    in_a_row += _is_about_the_server(error)
+                    if getattr(error, "status", None) in HOPELESS or in_a_row >= GIVE_UP_AFTER:
+                        stopped.set()
+                else:
+                    in_a_row = 0
+        except BaseException:
+            stopped.set()
+            interrupt()
+            raise
+    return Outcome(failures, unasked)
+
+
+def write_messages(
+    item: Question, shown: Question | None, *, images: Arm, system_prompt: str
+) -> tuple[str | None, list[dict]]:
+    """System prompt and messages in OpenAI's form, of the conversation that a model loaded here is asked."""
+    picture = open_image(shown, images=images)
+    *system, user = put_question(item, picture, mode="generate", system_prompt=system_prompt)
+    content = [
+        {"type": "image_url", "image_url": {"url": _write_url(shown, part["image"], images=images)}}
+        if part["type"] == "image"
+        else part
+        for part in user["content"]
+    ]
+    return (system[0]["content"][0]["text"] if system else None), [{"role": "user", "content": content}]
+
+
+def _write_url(shown: Question, picture: Image.Image, *, images: Arm) -> str:
+    """A `data:` URL of a picture: the file's own bytes without metadata, which may name a patient, where any reader
+    sees the same pixels in them; else a PNG of these pixels."""
+    if images != "blank" and _is_plain(shown.image):
+        with suppress(ImageError):
+            stored = read_stored(shown.image)
+            return _data_url(stored.content, kind="jpeg" if stored.suffix == ".jpg" else "png")
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return _data_url(buffer.getvalue(), kind="png")
+
+
+def _data_url(content: bytes, *, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _is_plain(path: Path) -> bool:
+    with Image.open(path) as image:
+        suffix = STORED_AS_IT_IS.get(image.format or "")
+        return suffix in (".jpg", ".png") and image.mode in AS_THE_FILE_IS and "transparency" not in image.info
+
+
+def _compose_line(known: Mapping, reply: Reply, *, workers: int) -> dict:
+    server = {
+        "model": reply.model,
+        "requested": reply.requested,
+        "honoured": reply.honoured,
+        "usage": reply.usage,
+        "attempts": reply.attempts,
+        "workers": workers,
+    }
+    return {
+        **known,
+        "output": LONE_SURROGATE.sub("\ufffd", reply.text),  # half a character, which no UTF-8 file can hold
+        "finish_reason": reply.finish_reason,
+        "latency_ms": round(reply.seconds * 1000, 3) if reply.attempts == 1 else None,
+        "answered_at": utc_now(),
+        "server": known["server"] | server,
+    }
+
+
+def _is_about_the_server(error: EvaluationError) -> bool:
+    """Whether other items would fail as well; a picture that cannot be opened, or is too large, concerns its own."""
+    return isinstance(error, EndpointError) and error.status not in REFUSED
+
+
+def _explain(out: Path, failures: Mapping[str, EvaluationError], *, unasked: int) -> EvaluationError:
+    item_id, error = next(iter(failures.items()))
+    named = ", ".join(list(failures)[:10]) + (", …" if len(failures) > 10 else "")
+    left = f"; {unasked} were not asked, since they would fail as well" if unasked else ""
+    return EvaluationError(
+        f"{out}: {len(failures) + unasked} items have no answer; the request failed for {named}{left}; "
+        f"{item_id}: {error}; all answers are saved, and the same command asks only for what is missing"
+    )

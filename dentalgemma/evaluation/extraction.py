@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 from typing import NamedTuple
+
+from dentalgemma.evaluation.strict import read_strict
 
 FUZZY_RATIO = 0.4
 
@@ -21,21 +24,22 @@ class Extraction(NamedTuple):
     method: str
 
 
-def extract(output: str, options: Mapping[str, str], protocol: str = "seed") -> Extraction:
+def extract(output: str, options: Mapping[str, str], protocol: str = "seed", *, key: str = "") -> Extraction:
     """Read the chosen letter from `output`; `options` maps letters to option texts.
 
     Protocol `seed` tries in this order: `end_letter`, `start_letter`, `option_text`, `fuzzy`, `failed`. It is faithful
-    to the published benchmark, and literal: "It is not A" chooses A.
+    to the published benchmark, and literal: "It is not A" chooses A. `strict` takes what a careful reader would and
+    abstains where that reader could not tell. `official` draws a letter when it finds none, by `key`, the item's id.
 
     Raises:
         ValueError: for a protocol that does not exist; never for an output.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} does not exist; there is {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol](output, options)
+    return PROTOCOLS[protocol](output, options, key)
 
 
-def _extract_seed(output: str, options: Mapping[str, str]) -> Extraction:
+def _extract_seed(output: str, options: Mapping[str, str], key: str) -> Extraction:
     text = _normalize(output)
     for method, pattern in (("end_letter", _END_LETTER), ("start_letter", _START_LETTER)):
         match = pattern.search(text)
@@ -91,4 +95,56 @@ def _most_similar(text: str, texts: Mapping[str, str]) -> str | None:
     return best
 
 
-PROTOCOLS: dict[str, Callable[[str, Mapping[str, str]], Extraction]] = {"seed": _extract_seed}
+def _extract_strict(output: str, options: Mapping[str, str], key: str) -> Extraction:
+    return Extraction(*read_strict(output, options))
+
+
+def _extract_official(output: str, options: Mapping[str, str], key: str) -> Extraction:
+    """The letter as the benchmark's own script for closed questions infers it.
+
+    What is certain, since it stands in that script (`eval_MMOral-OPG-Closed.py` of the repository OralGPT): one mark
+    each is stripped from both ends; "(B)" is looked for, or else a capital between blanks or before "." or ",", or
+    else an option's text, case and all; of several the first one counts, and what has no place as "B" between blanks,
+    as "(B)" or as its option's text does not; without any a letter is drawn from all, empty options among them.
+
+    What is our reading: the draw is seeded by `key`, where theirs changes with every run; an empty option has no text,
+    where theirs is "nan" and found in "dominant". Scores that the benchmark's fork of VLMEvalKit made, which lets a
+    language model match answers that no rule reads, cannot be repeated from a file.
+    """
+    if not options:
+        return Extraction(None, "failed")
+    text = output
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    found = [letter for letter in options if f"({letter})" in text]
+    method = "bracketed_letter"
+    if not found:
+        found = [letter for letter in options if any(f" {letter}{after}" in text for after in " .,")]
+        method = "lone_letter"
+    if not found:
+        found = [letter for letter, option in options.items() if option.strip() and option in text]
+        method = "option_text"
+    places = {letter: place for letter in found if (place := _find_official(text, letter, options[letter])) >= 0}
+    if places:
+        return Extraction(min(places, key=places.__getitem__), method)
+    return Extraction(random.Random(f"official/{key}").choice(list(options)), "random_letter")
+
+
+def _find_official(text: str, letter: str, option: str) -> int:
+    looked_for = (f" {letter} ", f"({letter})", option if option.strip() else None)
+    return next((place for mark in looked_for if mark is not None and (place := text.find(mark)) >= 0), -1)
+
+
+PROTOCOLS: dict[str, Callable[[str, Mapping[str, str], str], Extraction]] = {
+    "seed": _extract_seed,
+    "strict": _extract_strict,
+    "official": _extract_official,
+}
+PROTOCOL_LABELS = {"seed": "seed/1", "strict": "strict/1", "official": "official/1"}
+# SHA-256 of what each protocol makes of the cases in tests/data; another hash is another protocol.
+BEHAVIOUR = {
+    "seed": "2ede831f8b34f789b40bc26448105f48dd87c48b955ea686fe35e0390972de23",
+    "strict": "fb40b941dacd17da8e71712f252f7bc8e54515d46778522a07367e07151f36c6",
+    "official": "81e9f953fe91e7fb0cbd97f28906195c482bac8674e61a82fc302cbf0f8e8a11",
+}

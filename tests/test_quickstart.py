@@ -43,7 +43,7 @@ def test_a_model_that_learned_nothing_is_not_said_to_have_learned(finished):
     _, page, summary = finished
     beats = "the tuned model beats the base (exact McNemar p < 0.001)"
 
-    assert summary["scores"]["tuned"]["n"] <= 10  # so few that luck alone cannot reach that p
+    assert summary["scores"]["tuned"]["closed"]["n"] <= 10  # so few that luck alone cannot reach that p
     assert not summary["verdicts"][beats]
     assert 'class="no">the tuned model beats the base' in page
 
@@ -53,7 +53,7 @@ def test_the_page_is_self_contained(finished):
 
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("<dt>After stage 1</dt>") == min(10, page.count("<dt>Annotated</dt>"))
-    assert f"{100 * summary['scores']['base']['accuracy']:.1f} %" in page
+    assert f"{100 * summary['scores']['base']['closed']['accuracy']:.1f} %" in page
 
 
 def test_the_card_tells_both_stages(finished):
@@ -102,5 +102,5 @@ def test_the_whole_quickstart_learns(tmp_path, seed):
     quickstart.run_quickstart(tmp_path / "out", seed=seed, control=seed == 1)
     summary = json.loads((tmp_path / "out" / "quickstart.json").read_text())
 
-    assert summary["scores"]["tuned"]["n"] >= 150
+    assert summary["scores"]["tuned"]["closed"]["n"] >= 150
     assert all(summary["verdicts"].values()), summary["verdicts"]

@@ -1,164 +1,270 @@
-"""From predictions to numbers: one model's accuracy, and two models on the same questions. Deterministic, on a CPU."""
+"""From predictions to numbers: one model's accuracies, with all that they depend on. Deterministic, on a CPU."""
 
 from __future__ import annotations
 
+import datetime
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dentalgemma.evaluation.extraction import Extraction, extract
-from dentalgemma.evaluation.questions import EvaluationError, Question, load_questions, read_predictions
+from dentalgemma.evaluation.clinical import clinical_figures
+from dentalgemma.evaluation.comparing import (
+    compare_all,
+    compare_predictions,
+    compare_runs,
+    format_comparison,
+    is_worse,
+)
+from dentalgemma.evaluation.extraction import PROTOCOLS
+from dentalgemma.evaluation.questions import Question
+from dentalgemma.evaluation.runs import Answered, Run, accuracy, list_values, part, read_run, was_read
 from dentalgemma.evaluation.statistics import (
     LEVEL,
     bootstrap_interval,
-    mcnemar_exact,
-    paired_counts,
-    wilson_interval,
+    design_effect,
+    intraclass_correlation,
+    minimum_detectable_effect,
 )
 
+__all__ = [
+    "Run",
+    "compare_all",
+    "compare_predictions",
+    "compare_runs",
+    "format_comparison",
+    "is_worse",
+    "read_run",
+    "score_predictions",
+    "score_run",
+]
 
-@dataclass(frozen=True)
-class Judged:
-    """Questions with what a model chose; `settings` are what all its predictions have in common."""
-
-    items: Sequence[Question]
-    extractions: Sequence[Extraction]
-    settings: Mapping[str, str | None]
-
-    @property
-    def correct(self) -> np.ndarray:
-        pairs = zip(self.items, self.extractions, strict=True)
-        return np.array([extraction.letter == item.answer for item, extraction in pairs])
-
-    @property
-    def images(self) -> list[str]:
-        return [item.image_id or item.item_id for item in self.items]
+FORMAT = "scores/1"
+ONE_IMAGE = "all questions are about one image, so that there are no images to resample"
 
 
 def score_predictions(
-    predictions: Path, questions: Path, *, protocol: str = "seed", draws: int = 1_000, seed: int = 0
+    predictions: Path,
+    questions: Path,
+    *,
+    verdicts: Path | None = None,
+    protocol: str = "seed",
+    draws: int = 1_000,
+    seed: int = 0,
 ) -> dict:
-    """Accuracy with its intervals, per question type and language; an answer that cannot be read counts as wrong.
+    """Read a run and score it.
 
     Raises:
-        EvaluationError: when items are missing, foreign, or answered in different modes.
+        EvaluationError: as `read_run`.
     """
-    judged = _judge(Path(predictions), Path(questions), protocol)
-    correct, n = judged.correct, len(judged.items)
+    return score_run(read_run(predictions, questions, verdicts=verdicts, protocol=protocol), draws=draws, seed=seed)
+
+
+def score_run(run: Run, *, draws: int = 1_000, seed: int = 0) -> dict:
+    """All figures of one run: closed and open questions, both pooled, clinical counts and latency, each with its n.
+
+    A closed answer from which no letter can be read is wrong and stays in the denominator. An open answer whose verdict
+    is missing or could not be read is left out of numerator and denominator, and counted.
+    """
+    closed, open_ = run.answered("closed"), run.answered("open")
+    both = run.answered("closed", "open") if closed.items and open_.items else None
     return {
-        **judged.settings,
-        "extraction": protocol if judged.settings["mode"] == "generate" else None,
-        **_accuracy(correct),
-        "chance": float(np.mean([1 / sum(bool(x.strip()) for x in item.options.values()) for item in judged.items])),
-        "images_asked": len(set(judged.images)),
+        "format": FORMAT,
+        "name": run.name,
+        **{name: run.settings[name] for name in ("model", "weights", "mode", "images", "protocol", "hardware")},
+        "questions_sha256": run.questions_sha256,
+        "predictions_sha256": run.predictions_sha256,
+        "extraction": run.extraction,
+        "answered": _when(run.lines.values()),
         "level": LEVEL,
-        "interval_by_image": list(bootstrap_interval(correct, judged.images, draws, seed)),
+        "bootstrap": {"draws": draws, "seed": seed},
+        "closed": _closed(run, closed, draws, seed) if closed.items else None,
+        "open": _open(run, open_, draws, seed) if run.asked("open") else None,
+        "combined": accuracy(both.correct) | _intervals(both, draws, seed) if both else None,
+        "clinical": clinical_figures(run.items, run.extractions),
+        "latency": _latency(run),
+    }
+
+
+def chance(item: Question) -> float:
+    """How often a guess among the options shown is right: never where the right one is empty."""
+    return 1 / sum(bool(text.strip()) for text in item.options.values()) if item.answerable else 0.0
+
+
+def _closed(run: Run, closed: Answered, draws: int, seed: int) -> dict:
+    failed = np.array([not was_read(run.extractions[item.item_id]) for item in closed.items])
+    methods = Counter(run.extractions[item.item_id].method for item in closed.items)
+    answerable = np.array([item.answerable for item in closed.items])
+    detectable = minimum_detectable_effect(len(closed.items))
+    return {
+        **accuracy(closed.correct),
+        **_intervals(closed, draws, seed),
+        "chance": float(np.mean([chance(item) for item in closed.items])),
+        "ceiling": float(answerable.mean()),
+        "images_asked": len({item.image_id for item in closed.items} - {None}),
+        "methods": dict(sorted(methods.items(), key=lambda entry: (-entry[1], entry[0]))),
+        "failed": float(failed.mean()),
+        "answerable": accuracy(closed.correct[answerable]),
+        "bounds": _bounds(closed, failed, answerable),
+        **_protocols(run, closed.items),
+        **_breakdowns(closed),
+        "minimum_detectable_effect": detectable._asdict() if detectable else None,
+        "clustering": _clustering(closed),
+    }
+
+
+def _open(run: Run, judged: Answered, draws: int, seed: int) -> dict:
+    verdicts = list(run.verdicts.values())
+    asked, errors = run.asked("open"), sum(verdict["verdict"] == "judge_error" for verdict in verdicts)
+    costs = [own.get("cost_usd") for own in verdicts if own["verdict"] != "judge_error" or own.get("cost_usd")]
+    return {
+        **accuracy(judged.correct),
+        "n": len(asked),
+        "judged": len(judged.items),
+        "judge_errors": errors,
+        "not_judged": len(asked) - len(judged.items) - errors,
+        **_intervals(judged, draws, seed),
+        "images_asked": len({item.image_id for item in asked} - {None}),
+        **_breakdowns(judged),
+        "judge": run.judge
+        and {
+            **run.judge,
+            # One verdict without a price would make a sum of the others too low.
+            "cost_usd": sum(costs) if None not in costs else None,
+            "seconds": sum(verdict.get("seconds") or 0 for verdict in verdicts),
+            "errors": errors,
+        },
+    }
+
+
+def _intervals(answered: Answered, draws: int, seed: int) -> dict:
+    """Bootstrap intervals; by image there is none for a single image, and the reason stands beside it."""
+    if not answered.items:
+        return {"interval_by_image": None, "interval_by_question": None, "no_interval_by_image": "nothing was judged"}
+    correct, one = answered.correct, len(set(answered.images)) < 2
+    return {
+        "interval_by_image": None if one else list(bootstrap_interval(correct, answered.images, draws, seed)),
         "interval_by_question": list(bootstrap_interval(correct, None, draws, seed)),
-        "bootstrap": {"draws": draws, "seed": seed},
-        "per_question_type": _by(correct, [item.question_type for item in judged.items]),
-        "per_language": _by(correct, [item.language for item in judged.items]),
-        "methods": dict(Counter(extraction.method for extraction in judged.extractions).most_common()),
-        "failed": sum(extraction.letter is None for extraction in judged.extractions) / n,
+        "no_interval_by_image": ONE_IMAGE if one else None,
     }
 
 
-def compare_predictions(
-    a: Path, b: Path, questions: Path, *, protocol: str = "seed", draws: int = 1_000, seed: int = 0
-) -> dict:
-    """Two models, or two arms of one, on the same questions: difference (b - a), discordant items, exact McNemar test.
+def _bounds(closed: Answered, failed: np.ndarray, answerable: np.ndarray) -> dict[str, dict]:
+    """The accuracy if answers that cannot be read, or questions whose right option is empty, counted otherwise."""
+    guessed = sum(chance(item) for item, unread in zip(closed.items, failed, strict=True) if unread)
+    read = closed.correct & ~failed
+    kept = {
+        "failures_wrong": accuracy(read),
+        "extracted_only": accuracy(closed.correct[~failed]),
+        "answerable_only": accuracy(closed.correct[answerable]),
+    }
+    bounds = {name: {key: own[key] for key in ("n", "accuracy")} for name, own in kept.items()}
+    return bounds | {"failures_at_chance": {"n": len(read), "accuracy": float(read.sum() + guessed) / len(read)}}
 
-    Raises:
-        EvaluationError: when the two do not answer the same items in the same mode.
-    """
-    first, second = (_judge(Path(path), Path(questions), protocol) for path in (a, b))
-    if first.settings["mode"] != second.settings["mode"]:
-        raise EvaluationError(
-            f"{a} is in mode {first.settings['mode']}, {b} in mode {second.settings['mode']}: they cannot be compared"
-        )
-    counts = paired_counts(first.correct, second.correct)
-    change = second.correct.astype(int) - first.correct.astype(int)
+
+def _protocols(run: Run, items: Sequence[Question]) -> dict:
+    """Every protocol's reading of the same answers, and how often two agree; nothing where options were scored."""
+    readings = {protocol: read for protocol in PROTOCOLS if (read := run.read_again(protocol))}
+    if not readings:
+        return {"protocols": None, "agreement": None}
+    chosen = {protocol: [read[item.item_id].letter for item in items] for protocol, read in readings.items()}
+    right = {
+        protocol: np.array([letter == item.answer for letter, item in zip(letters, items, strict=True)])
+        for protocol, letters in chosen.items()
+    }
     return {
-        "n": len(first.items),
-        "images_asked": len(set(first.images)),
-        "splits": sorted({item.split or "unknown" for item in first.items}),
-        "level": LEVEL,
-        "a": {**first.settings, **_accuracy(first.correct)},
-        "b": {**second.settings, **_accuracy(second.correct)},
-        "difference": float(change.mean()),
-        "difference_by_image": list(bootstrap_interval(change, first.images, draws, seed)),
-        "difference_by_question": list(bootstrap_interval(change, None, draws, seed)),
-        "bootstrap": {"draws": draws, "seed": seed},
-        **counts._asdict(),
-        "mcnemar_p": mcnemar_exact(counts.only_a, counts.only_b),
+        "protocols": {
+            protocol: accuracy(right[protocol]) | {"failed": sum(not was_read(x) for x in read.values()) / len(items)}
+            for protocol, read in readings.items()
+        },
+        "agreement": {
+            "protocols": list(chosen),
+            "share": [
+                [float(np.mean([x == y for x, y in zip(a, b, strict=True)])) for b in chosen.values()]
+                for a in chosen.values()
+            ],
+            "seed_by_strict": _cross(chosen["seed"], chosen["strict"]) if "strict" in chosen else None,
+        },
     }
 
 
-def format_comparison(comparison: Mapping) -> str:
-    """A comparison in lines for people."""
-    lines = [f"{comparison['n']} questions on {comparison['images_asked']} images"]
-    for side in ("a", "b"):
-        own = comparison[side]
-        low, high = own["wilson"]
-        lines.append(
-            f"  {side}: {100 * own['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {own['correct']} right"
-            f"  ({own['model'] or 'unnamed model'}, {own['mode']}, {own['images']} images)"
-        )
-    low, high = comparison["difference_by_image"]
-    lines += [
-        f"  difference b - a: {100 * comparison['difference']:+.2f} points "
-        f"[{100 * low:+.2f}, {100 * high:+.2f}] (bootstrap by image)",
-        f"  only a right: {comparison['only_a']}, only b right: {comparison['only_b']}; "
-        f"exact McNemar p = {comparison['mcnemar_p']:.3g}",
-    ]
-    return "\n".join(lines)
+def _cross(rows: Sequence[str | None], columns: Sequence[str | None]) -> dict:
+    """How often one protocol read this letter and the other that one; `None` is an answer that was not read."""
+    letters = [*sorted({*rows, *columns} - {None}), None]
+    pairs = Counter(zip(rows, columns, strict=True))
+    return {"letters": letters, "counts": [[pairs[row, column] for column in letters] for row in letters]}
 
 
-def _judge(predictions: Path, questions: Path, protocol: str) -> Judged:
-    items, answered = load_questions(questions), read_predictions(predictions)
-    ids = {item.item_id for item in items}
-    missing = [item.item_id for item in items if item.item_id not in answered]
-    if missing:
-        raise EvaluationError(
-            f"{predictions} lacks {len(missing)} of {len(items)} items, for example {missing[0]}: "
-            "run `dentalgemma evaluate` again with the same settings, it goes on where it stopped"
-        )
-    foreign = sorted(set(answered) - ids)
-    if foreign:
-        raise EvaluationError(f"{predictions} answers {len(foreign)} items that {questions} does not ask: {foreign[0]}")
-    for item in items:
-        if answered[item.item_id].get("item_hash", item.item_hash) != item.item_hash:
-            raise EvaluationError(
-                f"{predictions}: item {item.item_id} was asked differently from what {questions} asks"
-            )
-    settings = {
-        name: _common(predictions, answered, name) for name in ("model", "weights", "mode", "images", "protocol")
+def _breakdowns(answered: Answered) -> dict[str, dict]:
+    """Accuracy in parts; an item of several categories counts in each, one without a value in none."""
+
+    def by(names: Callable[[Question], Iterable[str | None]]) -> dict[str, dict]:
+        return {name: accuracy(answered.correct[index]) for name, index in part(answered.items, names).items()}
+
+    return {
+        "per_question_type": by(lambda item: [item.question_type]),
+        "per_category": by(lambda item: item.categories),
+        "per_modality": by(lambda item: [item.modality]),
+        "per_language": by(lambda item: [item.language]),
+        "per_finding": by(lambda item: [item.finding]),
+        "per_source": by(lambda item: [item.source]),
     }
-    extractions = [_choose(answered[item.item_id], item, protocol) for item in items]
-    return Judged(items, extractions, settings)
 
 
-def _common(predictions: Path, answered: Mapping[str, Mapping], name: str) -> str | None:
-    values = {line.get(name) for line in answered.values()}
-    if len(values) > 1:
-        raise EvaluationError(f"{predictions} mixes {name} {sorted(map(str, values))}; one number takes one of them")
-    return values.pop()
+def _clustering(closed: Answered) -> dict:
+    """How alike the answers about one image are, and by how much that widens an interval; `None` where undefined."""
+    icc = intraclass_correlation(closed.correct, closed.images)
+    return {
+        "icc": icc,
+        "design_effect": None if icc is None else design_effect(closed.images, icc),
+        "mean_cluster_size": len(closed.items) / len(set(closed.images)),
+    }
 
 
-def _choose(prediction: Mapping, item: Question, protocol: str) -> Extraction:
-    """The letter as scored, or as extracted from text; predictions of others may have text only."""
-    if prediction.get("mode") == "loglikelihood":
-        return Extraction(prediction.get("letter"), "loglikelihood")
-    return extract(prediction.get("output") or "", item.options, protocol)
+def _latency(run: Run) -> dict | None:
+    """Median and 95th percentile of the time for an item, the first batch of each process left out."""
+    timed = [line for line in run.lines.values() if _is_finite(line.get("latency_ms"))]
+    if not timed:
+        return None
+    warm = [line for line in timed if not line.get("warm_up")]
+    kinds = {kind: {item.item_id for item in run.asked(kind)} for kind in ("closed", "open")}
+    return {
+        **_times(warm),
+        "per_kind": {
+            kind: _times([line for line in warm if line["item_id"] in ids]) for kind, ids in kinds.items() if ids
+        },
+        "batch_size": list_values(timed, "batch_size"),
+        "hardware": list_values(timed, "hardware"),
+        "warm_up_excluded": len(timed) - len(warm),
+    }
 
 
-def _accuracy(correct: np.ndarray) -> dict:
-    right, n = int(correct.sum()), len(correct)
-    return {"n": n, "correct": right, "accuracy": right / n, "wilson": list(wilson_interval(right, n))}
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _by(correct: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
-    names = np.array(names)
-    return {str(name): _accuracy(correct[names == name]) for name in np.unique(names)}
+def _times(lines: Sequence[Mapping]) -> dict:
+    if not lines:
+        return {"n": 0, "median_ms": None, "p95_ms": None}
+    median, p95 = np.percentile([line["latency_ms"] for line in lines], [50, 95])
+    return {"n": len(lines), "median_ms": float(median), "p95_ms": float(p95)}
+
+
+def _when(lines: Iterable[Mapping]) -> dict:
+    """First and last answer in UTC, and how many are dated; a time without its zone counts as no date."""
+    dated = sorted(moment for line in lines if (moment := _moment(line.get("answered_at"))))
+    return {
+        "first": dated[0].isoformat() if dated else None,
+        "last": dated[-1].isoformat() if dated else None,
+        "dated": len(dated),
+    }
+
+
+def _moment(text: object) -> datetime.datetime | None:
+    try:
+        moment = datetime.datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return moment.astimezone(datetime.UTC) if moment.tzinfo else None

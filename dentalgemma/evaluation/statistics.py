@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 LEVEL = 0.95
 CHUNK = 4_000_000  # resampled entries held in memory at a time
@@ -17,6 +18,13 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class Detectable(NamedTuple):
+    """The smallest change that can be significant: in items, and as a fraction of all items."""
+
+    items: int
+    points: float
 
 
 class PairedCounts(NamedTuple):
@@ -37,6 +45,61 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     if only_a + only_b == 0:
         return 1.0
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: each may be held against alpha as if it were the only test.
+
+    Controls the chance of any false alarm among the tests, whatever their dependence.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, (len(p_values) - rank) * p_values[place])
+        adjusted[place] = min(1.0, largest)
+    return adjusted
+
+
+def minimum_detectable_effect(n: int, alpha: float = 0.05) -> Detectable | None:
+    """The fewest items that one model must gain without losing any to reach exact McNemar p < alpha; `None` below it.
+
+    It is the best case: every item lost on the way takes more gains to make up for.
+    """
+    items = 1
+    while mcnemar_exact(0, items) >= alpha:
+        items += 1
+    return Detectable(items, items / n) if items <= n else None
+
+
+def mcnemar_power(n: int, only_a: float, only_b: float, alpha: float = 0.05) -> float:
+    """How often exact McNemar p < alpha comes out of `n` items, where shares `only_a` and `only_b` are discordant."""
+    discordant = np.arange(n + 1)
+    chances = binom.pmf(discordant, n, only_a + only_b)
+    # The largest count of the rarer side that is still significant; -1 where none is.
+    critical = binom.ppf(alpha / 2, discordant, 0.5)
+    critical = np.where(2 * binom.cdf(critical, discordant, 0.5) < alpha, critical, critical - 1)
+    share = only_b / (only_a + only_b)
+    rejected = binom.cdf(critical, discordant, share) + binom.cdf(critical, discordant, 1 - share)
+    return float((chances * rejected).sum())
+
+
+def detectable_difference(n: int, discordance: float, *, power: float = 0.8, alpha: float = 0.05) -> float | None:
+    """The smallest true difference of two accuracies that `n` items show with this power, in steps of one item.
+
+    `discordance` is the share of items that exactly one of the two gets right; it must be foreseen, for example from
+    models compared before. `None` where even a difference as large as the discordance would not be shown.
+    """
+    low, high = 0, int(discordance * n)  # in items; power grows with the difference
+
+    def enough(items: int) -> bool:
+        gained = (discordance + items / n) / 2
+        return mcnemar_power(n, discordance - gained, gained, alpha) >= power
+
+    if high == 0 or not enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high / n
 
 
 def paired_counts(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedCounts:
@@ -61,20 +124,55 @@ def bootstrap_interval(
         raise ValueError("no answers: an interval needs at least one")
     sums, sizes = values, np.ones_like(values)
     if groups is not None:
-        labels = np.asarray(groups)
-        if labels.shape != values.shape:
-            raise ValueError(f"{values.size} answers and {labels.size} groups: each answer needs its group")
-        _, index = np.unique(labels, return_inverse=True)
+        index = _group_index(values, groups)
         sums, sizes = np.bincount(index, weights=values), np.bincount(index)
+    order = np.lexsort((sums, sizes))  # whatever the order and the names of the items: the same interval
+    sums, sizes = sums[order], sizes[order]
     rng = np.random.default_rng(seed)
     means = []
     rows = max(1, CHUNK // len(sums))
     for start in range(0, draws, rows):
         drawn = rng.integers(len(sums), size=(min(rows, draws - start), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        drawn_sums = sums[drawn].sum(axis=1)
+        means.append(drawn_sums / (sizes[drawn].sum(axis=1) if groups is not None else len(sums)))
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return Interval(float(low), float(high))
+
+
+def intraclass_correlation(correct: ArrayLike, groups: ArrayLike) -> float | None:
+    """How much more alike answers about one image are than answers about different ones: 0 not at all, 1 all the same.
+
+    The one-way ANOVA estimator, which may be a little below 0. `None` where it is undefined: a single group, no group
+    of two, or no answer that differs from another. After Donner, Int. Stat. Rev. 54 (1986), 67-82.
+    """
+    values = np.asarray(correct, dtype=float)
+    index = _group_index(values, groups)
+    sizes = np.bincount(index)
+    n, k = len(values), len(sizes)
+    if k < 2 or n == k or np.ptp(values) == 0:
+        return None
+    explained = (np.bincount(index, weights=values) ** 2 / sizes).sum()
+    between = (explained - values.sum() ** 2 / n) / (k - 1)
+    within = ((values**2).sum() - explained) / (n - k)
+    size = (n - (sizes**2).sum() / n) / (k - 1)
+    return float((between - within) / (between + (size - 1) * within))
+
+
+def design_effect(groups: ArrayLike, icc: float) -> float:
+    """By what factor the variance of an accuracy grows because the questions of an image are alike.
+
+    Takes images to have about equally many questions; where they do not, the bootstrap by image is to be believed.
+    """
+    labels = np.asarray(groups)
+    return 1 + (labels.size / np.unique(labels).size - 1) * icc
+
+
+def _group_index(values: np.ndarray, groups: ArrayLike) -> np.ndarray:
+    labels = np.asarray(groups)
+    if labels.shape != values.shape:
+        raise ValueError(f"{values.size} answers and {labels.size} groups: each answer needs its group")
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def wilson_interval(successes: int, n: int) -> Interval:

@@ -1,0 +1,285 @@
+"""Two models, or two arms of one, on the same questions: difference with intervals, exact McNemar, Holm over pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from dentalgemma.evaluation.questions import EvaluationError, Kind, Question
+from dentalgemma.evaluation.runs import Answered, Run, accuracy, part, read_run
+from dentalgemma.evaluation.statistics import (
+    LEVEL,
+    bootstrap_interval,
+    detectable_difference,
+    holm,
+    mcnemar_exact,
+    minimum_detectable_effect,
+    paired_counts,
+)
+
+POWER = 0.8
+OF_THE_MODEL = ("model", "weights", "hardware", "batch_size")  # what may differ without a word
+FORMAT = "comparison/1"
+SEVERAL_FORMAT = "comparisons/1"
+KINDS: Mapping[str, tuple[Kind, ...]] = {"closed": ("closed",), "open": ("open",), "combined": ("closed", "open")}
+
+
+def compare_predictions(
+    a: Path,
+    b: Path,
+    questions: Path,
+    *,
+    verdicts: tuple[Path | None, Path | None] = (None, None),
+    protocol: str = "seed",
+    draws: int = 1_000,
+    seed: int = 0,
+) -> dict:
+    """Read two runs and compare them.
+
+    Raises:
+        EvaluationError: as `read_run` and `compare_runs`.
+    """
+    runs = [
+        read_run(path, questions, verdicts=own, protocol=protocol) for path, own in zip((a, b), verdicts, strict=True)
+    ]
+    return compare_runs(*runs, draws=draws, seed=seed)
+
+
+def compare_runs(a: Run, b: Run, *, draws: int = 1_000, seed: int = 0) -> dict:
+    """Two runs on the same questions, differences as b - a, for closed and open questions and for both pooled.
+
+    McNemar's test takes questions as independent; where several are about one image its p is smaller than it should be,
+    which the interval by image is not. An open question counts where both answers have a verdict.
+
+    Raises:
+        EvaluationError: when the two do not answer the same questions in the same mode, read by the same protocol.
+    """
+    _check_pair(a, b)
+    pairs: dict[str, dict | None] = {}
+    for name, kinds in KINDS.items():
+        both = name != "combined" or (pairs["closed"] and pairs["open"])
+        pairs[name] = _pair(a, b, kinds, draws, seed) if both else None
+    return {
+        "format": FORMAT,
+        "a": {"name": a.name, **a.settings},
+        "b": {"name": b.name, **b.settings},
+        "settings_that_differ": [name for name in a.settings if a.settings[name] != b.settings[name]],
+        "questions_sha256": a.questions_sha256,
+        "extraction": a.extraction,
+        "splits": sorted({item.split or "unknown" for item in a.items}),
+        "level": LEVEL,
+        "bootstrap": {"draws": draws, "seed": seed},
+        **pairs,
+    }
+
+
+def compare_all(runs: Sequence[Run], *, draws: int = 1_000, seed: int = 0) -> dict:
+    """Every pair of runs, in the order given; `holm_p` corrects McNemar's p over all pairs of one kind of questions.
+
+    Raises:
+        EvaluationError: with fewer than two runs, or two of one name, and as `compare_runs`.
+    """
+    names = [run.name for run in runs]
+    if len(set(names)) < max(2, len(names)):
+        raise EvaluationError(f"a comparison needs two runs or more, each of its own name; got {', '.join(names)}")
+    comparisons = [compare_runs(a, b, draws=draws, seed=seed) for a, b in combinations(runs, 2)]
+    for kind in KINDS:
+        pairs = [comparison[kind] for comparison in comparisons if comparison[kind]]
+        for pair, adjusted in zip(pairs, holm([pair["mcnemar_p"] for pair in pairs]), strict=True):
+            pair["holm_p"] = adjusted
+    return {"format": SEVERAL_FORMAT, "runs": names, "pairs": comparisons}
+
+
+def is_worse(comparison: Mapping, *, kind: str = "closed", margin: float = 0.0, alpha: float = 0.05) -> str | None:
+    """Why b counts as worse than a, in one sentence, or `None`.
+
+    Without a margin, b is worse when it is right less often and exact McNemar p < alpha: a loss too small to be told
+    from chance passes. With a margin (0.02: two points) b must be shown not to be worse by more: it fails when the
+    lower end of the difference's interval by image is below -margin, so that too few questions fail, too.
+
+    Raises:
+        EvaluationError: when the runs have no such questions to compare.
+    """
+    pair = comparison[kind]
+    if pair is None:
+        raise EvaluationError(f"there are no {kind} answers to compare; choose among {', '.join(KINDS)}")
+    lost = f"{_points(pair['difference'])} points on {pair['n']} {kind} questions"
+    if not margin:
+        p = pair["mcnemar_p"]
+        return (
+            f"b is worse than a by {lost} (exact McNemar p = {p:.3g})" if pair["difference"] < 0 and p < alpha else None
+        )
+    interval = pair["difference_by_image"]
+    if interval is None:
+        return f"b cannot be shown to lose at most {100 * margin:g} points: all questions are about one image"
+    if round(interval[0] + margin, 9) < 0:  # a loss of just the margin passes, whatever floats make of it
+        return (
+            f"b may be worse than a by more than {100 * margin:g} points: {lost}, "
+            f"95 % interval by image [{_points(interval[0])}, {_points(interval[1])}]"
+        )
+    return None
+
+
+def format_comparison(document: Mapping) -> str:
+    """A comparison, or all pairs of several runs, in lines for people."""
+    if document["format"] != SEVERAL_FORMAT:
+        return "\n".join(_format_pair(document))
+    lines = [line for comparison in document["pairs"] for line in [*_format_pair(comparison), ""]]
+    lines.append(f"All {len(document['pairs'])} pairs, exact McNemar p corrected by Holm:")
+    for comparison in document["pairs"]:
+        a, b = comparison["a"]["name"], comparison["b"]["name"]
+        for kind in KINDS:
+            if pair := comparison[kind]:
+                lines.append(
+                    f"  {a} → {b}, {kind}: {_points(pair['difference'])} points, "
+                    f"p = {pair['mcnemar_p']:.3g}, Holm p = {pair['holm_p']:.3g}"
+                )
+    return "\n".join(lines)
+
+
+def _check_pair(a: Run, b: Run) -> None:
+    modes = a.settings["mode"], b.settings["mode"]
+    if modes[0] != modes[1]:
+        raise EvaluationError(f"{a.name} is in mode {modes[0]}, {b.name} in mode {modes[1]}: they cannot be compared")
+    if a.protocol != b.protocol:
+        raise EvaluationError(f"{a.name} is read by protocol {a.protocol}, {b.name} by {b.protocol}: take one for both")
+    asked = [{item.item_id: (item.item_hash, item.answer) for item in run.items} for run in (a, b)]
+    if asked[0] != asked[1]:
+        differing = sorted(key for key in {*asked[0], *asked[1]} if asked[0].get(key) != asked[1].get(key))
+        raise EvaluationError(
+            f"{a.name} and {b.name} were not asked the same {len(differing)} questions, for example {differing[0]}"
+        )
+    if a.judge and b.judge and a.judge != b.judge:
+        raise EvaluationError(f"{a.name} was judged by {a.judge}, {b.name} by {b.judge}: judge both alike")
+
+
+def _pair(a: Run, b: Run, kinds: Sequence[Kind], draws: int, seed: int) -> dict | None:
+    left, right = a.answered(*kinds), b.answered(*kinds)
+    outcomes = [dict(zip((x.item_id for x in side.items), side.correct, strict=True)) for side in (left, right)]
+    items = [item for item in left.items if item.item_id in outcomes[1]]
+    if not items:
+        return None
+    first, second = (np.array([own[item.item_id] for item in items], dtype=bool) for own in outcomes)
+    change = second.astype(int) - first.astype(int)
+    images = Answered(items, first).images
+    detectable = minimum_detectable_effect(len(items))
+    discordance = float(np.mean(first != second))
+    return {
+        "n": len(items),
+        "left_out": sum(len(a.asked(kind)) for kind in kinds) - len(items),
+        "images_asked": len({item.image_id for item in items} - {None}),
+        "a": accuracy(first),
+        "b": accuracy(second),
+        "difference": float(change.mean()),
+        "difference_by_image": (
+            list(bootstrap_interval(change, images, draws, seed)) if len(set(images)) > 1 else None
+        ),
+        "difference_by_question": list(bootstrap_interval(change, None, draws, seed)),
+        **paired_counts(first, second)._asdict(),
+        "mcnemar_p": _test(first, second),
+        "minimum_detectable_effect": detectable._asdict() if detectable else None,
+        "detectable_difference": {
+            "power": POWER,
+            "discordance": discordance,
+            "points": detectable_difference(len(items), discordance, power=POWER),
+        },
+        **_breakdowns(items, first, second),
+    }
+
+
+def _breakdowns(items: Sequence[Question], a: np.ndarray, b: np.ndarray) -> dict[str, dict]:
+    """The comparison in parts. Their p-values are not corrected: they say where to look, not what is proven."""
+
+    def by(names: Callable[[Question], Iterable[str | None]]) -> dict[str, dict]:
+        return {name: _compare_part(a[places], b[places]) for name, places in part(items, names).items()}
+
+    return {
+        "per_category": by(lambda item: item.categories),
+        "per_question_type": by(lambda item: [item.question_type]),
+        "per_language": by(lambda item: [item.language]),
+        "per_modality": by(lambda item: [item.modality]),
+        "per_finding": by(lambda item: [item.finding]),
+    }
+
+
+def _compare_part(a: np.ndarray, b: np.ndarray) -> dict:
+    counts = paired_counts(a, b)
+    return {
+        "n": len(a),
+        "a": float(a.mean()),
+        "b": float(b.mean()),
+        "difference": (counts.only_b - counts.only_a) / len(a),
+        "only_a": counts.only_a,
+        "only_b": counts.only_b,
+        "mcnemar_p": _test(a, b),
+    }
+
+
+def _test(a: np.ndarray, b: np.ndarray) -> float:
+    counts = paired_counts(a, b)
+    return mcnemar_exact(counts.only_a, counts.only_b)
+
+
+def _format_pair(comparison: Mapping) -> Iterator[str]:
+    a, b = comparison["a"], comparison["b"]
+    yield f"a: {_describe(a)}"
+    yield f"b: {_describe(b)}"
+    differing = [name for name in comparison["settings_that_differ"] if name not in OF_THE_MODEL]
+    if differing:
+        yield f"not only the model differs: {', '.join(differing)}"
+    for kind in KINDS:
+        if pair := comparison[kind]:
+            yield from _format_kind(kind, pair)
+
+
+def _describe(settings: Mapping) -> str:
+    return (
+        f"{settings['name']} ({settings['model'] or 'unnamed model'}, {settings['mode'] or 'unknown mode'}, "
+        f"{settings['images'] or 'unknown'} images)"
+    )
+
+
+def _format_kind(kind: str, pair: Mapping) -> Iterator[str]:
+    left_out = f", {pair['left_out']} left out for want of a verdict" if pair["left_out"] else ""
+    yield f"{kind}: {pair['n']} questions on {pair['images_asked']} images{left_out}"
+    for side in ("a", "b"):
+        low, high = pair[side]["wilson"]
+        yield (
+            f"  {side}: {100 * pair[side]['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], "
+            f"{pair[side]['correct']} right"
+        )
+    by_image = pair["difference_by_image"]
+    interval = "(one image: no interval by image)"
+    if by_image:
+        interval = f"[{_points(by_image[0])}, {_points(by_image[1])}] (bootstrap by image)"
+    yield f"  difference b - a: {_points(pair['difference'])} points {interval}"
+    yield f"  only a right: {pair['only_a']}, only b right: {pair['only_b']}; exact McNemar p = {pair['mcnemar_p']:.3g}"
+    if effect := pair["minimum_detectable_effect"]:
+        yield (
+            f"  minimum detectable effect: {effect['items']} items ({100 * effect['points']:.2f} points) one way"
+            + _format_power(pair["detectable_difference"])
+        )
+    else:
+        yield "  minimum detectable effect: none, there are too few questions"
+    for name, own in pair["per_category"].items():
+        if kind != "combined" and (own["only_a"] or own["only_b"]):
+            yield (
+                f"    {name} ({own['n']}): {100 * own['a']:.1f} → {100 * own['b']:.1f} %, "
+                f"lost {own['only_a']}, gained {own['only_b']}"
+            )
+
+
+def _format_power(detectable: Mapping) -> str:
+    if detectable["points"] is None:
+        return ""
+    return (
+        f"; at {100 * detectable['discordance']:.1f} % discordant items, a true difference of "
+        f"{100 * detectable['points']:.1f} points is found in {100 * detectable['power']:.0f} % of comparisons"
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from dentalgemma.models.loading import load_model
 from dentalgemma.training.config import parse_stage, plain_errors
 from dentalgemma.training.data import load_splits
+from dentalgemma.training.gate import run_gate
 from dentalgemma.training.run_facts import write_run_facts
 from dentalgemma.training.trainer import StageTrainer
 
@@ -28,6 +29,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     write_run_facts(trainer, stage, model_config, dataset)
+    run_gate(trainer)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ FREE = re.compile(
     r"(output_dir|overwrite_|run_name|project|logging_|log_|save_|hub_|push_to_|report_to|trackio_|disable_tqdm|do_"
     r"|resume_from_|restore_callback_|enable_jit_|dataloader_(num|pin|prefetch|persistent|multi)|dataset_num_proc|local_"
     r"|ddp_(timeout|backend|broadcast)|skip_memory|dataset_(name|config|streaming)|mix_datasets|model_name|model_revision"
-    r"|trust_remote_code|allow_changes|feature_cache|memory$|(gradient|activation)_checkpointing|debug|n_gpu|_)"
+    r"|trust_remote_code|allow_changes|gate_|feature_cache|memory$|(gradient|activation)_checkpointing|debug|n_gpu|_)"
 )
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch and safetensors wrap the error of the system, and torch keeps only that writing failed.

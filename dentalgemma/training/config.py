@@ -15,6 +15,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from data_builders.records import InputError
 from dentalgemma.training.checkpoints import NEWEST, SCRATCH, is_disk_full
+from dentalgemma.training.gate import check_gate
 from dentalgemma.training.limits import check_values
 from dentalgemma.training.precision import check_precision, gpu_capability
 from dentalgemma.training.sharding import shards_weights
@@ -76,6 +77,19 @@ class StageConfig(ScriptArguments):
     )
     validation_sample: int = field(
         default=0, metadata={"help": "Validation rows that the model answers at each evaluation; 0 asks none."}
+    )
+    gate_questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Closed questions (JSONL) that start and end answer; a significant loss ends with exit code 1."
+        },
+    )
+    gate_before: str | None = field(
+        default=None,
+        metadata={"help": "Answers of an earlier model to them; not given: those in the gate of the run started from."},
+    )
+    gate_margin: float = field(
+        default=0.0, metadata={"help": "Share of the questions that may be lost: 0.02 is 2 points."}
     )
 
 
@@ -159,6 +173,7 @@ def check_stage(stage: StageConfig, training: SFTConfig, model_config: ModelConf
         raise InputError(f"max_length: {training.max_length} would cut image tokens or answers; set `max_length: null`")
     check_values(stage, training, model_config)
     _check_mixture(stage)
+    check_gate(stage, training)
     stage.mix_seed = training.seed if stage.mix_seed is None else stage.mix_seed
     reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if training.gradient_checkpointing and reentrant and set(stage.trains) & {"vision_tower", "aligner"}:

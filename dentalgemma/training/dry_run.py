@@ -35,6 +35,8 @@ SHORTER = {
     "optim": "adamw_torch",
     "report_to": "none",
     "resume_from_checkpoint": "never",
+    "gate_questions": "null",  # what a few steps on another model forget says nothing
+    "gate_before": "null",
     "load_in_4bit": "false",
     "load_in_8bit": "false",
     "memory": "fixed",

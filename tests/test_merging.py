@@ -278,15 +278,20 @@ def test_the_card_lists_the_licences_of_the_data(merged):
     [
         pytest.param({"b": {"weights": "other"}}, "does not have the weights", id="another model"),
         pytest.param({"b": {"images": "blank"}}, "not on controls", id="a control arm"),
-        pytest.param({"b": {"wilson": None}, "a": {}}, "is no comparison", id="scores"),
+        pytest.param({"closed": None}, "is no comparison", id="scores"),
     ],
 )
 def test_a_comparison_that_is_not_about_this_model_is_refused(merged, tmp_path, change, message):
     folder, certificate = merged
-    side = {"accuracy": 0.5, "correct": 5, "wilson": [0.2, 0.8], "model": "m", "mode": "generate", "images": "true"}
+    settings = {"model": "m", "mode": "generate", "images": "true"}
+    side = {"accuracy": 0.5, "correct": 5, "wilson": [0.2, 0.8]}
+    pair = {
+        "n": 10, "images_asked": 5, "difference": 0.0, "difference_by_image": [-0.1, 0.1],
+        "only_a": 1, "only_b": 1, "mcnemar_p": 1.0, "a": side, "b": side,
+    }  # fmt: skip
     document = {
-        "n": 10, "images_asked": 5, "splits": ["validation"], "difference": 0.0, "difference_by_image": [-0.1, 0.1],
-        "only_a": 1, "only_b": 1, "mcnemar_p": 1.0, "a": side, "b": side | {"weights": certificate["weights"]},
+        "splits": ["validation"], "a": settings, "b": settings | {"weights": certificate["weights"]},
+        "closed": pair, "open": None, "combined": None,
     }  # fmt: skip
     (tmp_path / "good.json").write_text(json.dumps(document))
     wrong = document | {name: document[name] | new if new else new for name, new in change.items()}

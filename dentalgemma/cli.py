@@ -16,6 +16,7 @@ from rich.console import Console
 
 from data_builders.records import InputError, Modality, Problem
 from dentalgemma import __version__
+from dentalgemma.cli_evaluation import app as evaluation_app
 
 if TYPE_CHECKING:
     from data_builders.sources import SourcesFile
@@ -64,24 +65,6 @@ Data = Annotated[Path | None, typer.Option(help="The folder with the downloads t
 class Family(StrEnum):
     gemma3 = "gemma3"
     gemma4 = "gemma4"
-
-
-class Mode(StrEnum):
-    generate = "generate"
-    loglikelihood = "loglikelihood"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class Images(StrEnum):
-    true = "true"
-    blank = "blank"
-    other = "other"
 
 
 @app.callback()
@@ -290,16 +273,35 @@ def build_probe(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="The questions file (JSONL) to write; images go to a folder beside it.")],
     split: Annotated[str, typer.Option(help="The split to ask about.")] = "test",
-    language: Annotated[list[str] | None, typer.Option(help="en, es; may be given twice.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="en, es; may be given twice, for pairs.")] = None,
+    question_type: Annotated[
+        list[str] | None, typer.Option(help="diagnosis, location, screening (is there any disease); all else.")
+    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="Only images of this kind; may be repeated.")] = None,
+    finding: Annotated[list[str] | None, typer.Option(help="Only questions on this finding; may be repeated.")] = None,
+    per_finding: Annotated[int | None, typer.Option(min=1, help="At most so many questions on a finding.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many lines; pairs stay whole.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the options and their order.")] = 0,
 ) -> None:
     """Make closed questions with four options from a held-out split.
 
-    Example: `dentalgemma build-probe data/vqa --split test --out probe.jsonl`
+    Example: `dentalgemma build-probe data/vqa --split test --out probe.jsonl --language en --language es`
     """
+    from data_builders.probes import QUESTION_TYPES
     from data_builders.probes import build_probe as run_build
 
-    number = run_build(dataset, split, out, languages=tuple(language or ["en"]), seed=seed)
+    number = run_build(
+        dataset,
+        split,
+        out,
+        languages=tuple(language or ["en"]),
+        seed=seed,
+        question_types=tuple(question_type or QUESTION_TYPES),
+        modalities=modality or None,
+        findings=finding or None,
+        per_finding=per_finding,
+        limit=limit,
+    )
     out_console.print(f"Wrote {number} questions to {out}", soft_wrap=True)
 
 
@@ -378,74 +380,7 @@ def merge(
         out_console.print(f"[yellow]{warning}", soft_wrap=True)
 
 
-@app.command()
-def evaluate(
-    questions: Annotated[Path, typer.Argument(help="Closed questions, as `build-probe` writes them.")],
-    model: Annotated[str, typer.Option(help="A model folder or Hub id.")],
-    out: Annotated[Path, typer.Option(help="The predictions (JSONL) to write; a started file is completed.")],
-    mode: Annotated[Mode, typer.Option(help="Let the model write, or rank the options by likelihood.")] = Mode.generate,
-    images: Annotated[
-        Images, typer.Option(help="The true images, or a control without their information.")
-    ] = Images.true,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto takes that of the files.")] = Dtype.auto,
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
-) -> None:
-    """Ask a model closed questions and keep its answers.
-
-    Example: `dentalgemma evaluate probe.jsonl --model models/stage1_vqa --out tuned.jsonl --mode loglikelihood`
-    """
-    import torch
-
-    from dentalgemma.evaluation.generation import evaluate_questions
-    from dentalgemma.evaluation.questions import load_questions
-    from dentalgemma.models.loading import load_pretrained
-
-    items = load_questions(questions)
-    loaded, processor = load_pretrained(
-        model, dtype="auto" if dtype == Dtype.auto else getattr(torch, dtype.value), revision=revision
-    )
-    if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
-    evaluate_questions(
-        loaded, processor, items, mode=mode.value, images=images.value, batch_size=batch_size, out=out, model_name=model
-    )
-    out_console.print(f"Wrote {out}", soft_wrap=True)
-
-
-@app.command()
-def score(
-    predictions: Annotated[Path, typer.Argument(help="What `evaluate` wrote.")],
-    questions: Annotated[Path, typer.Option(help="The questions that were asked.")],
-    out: Annotated[Path | None, typer.Option(help="Also write the scores to this file.")] = None,
-) -> None:
-    """Accuracy with intervals, as JSON.
-
-    Example: `dentalgemma score tuned.jsonl --questions probe.jsonl --out scores.json`
-    """
-    from dentalgemma.evaluation.scoring import score_predictions
-
-    text = json.dumps(score_predictions(predictions, questions), indent=2, ensure_ascii=False)
-    if out:
-        out.write_text(text + "\n", encoding="utf-8")
-    typer.echo(text)
-
-
-@app.command()
-def compare(
-    before: Annotated[Path, typer.Argument(help="Predictions of the model before.")],
-    after: Annotated[Path, typer.Argument(help="Predictions of the model after, on the same questions.")],
-    questions: Annotated[Path, typer.Option(help="The questions that were asked.")],
-    as_json: AsJson = False,
-) -> None:
-    """Two models on the same questions: accuracies, difference with interval, exact McNemar test.
-
-    Example: `dentalgemma compare base.jsonl tuned.jsonl --questions probe.jsonl`
-    """
-    from dentalgemma.evaluation.scoring import compare_predictions, format_comparison
-
-    result = compare_predictions(before, after, questions)
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_comparison(result))
+app.add_typer(evaluation_app)
 
 
 @app.command()
@@ -453,14 +388,29 @@ def card(
     model: Annotated[Path, typer.Argument(help="A merged model folder.")],
     comparison: Annotated[Path | None, typer.Option(help="Base and this model: what `compare --json` printed.")] = None,
     base: Annotated[str | None, typer.Option(help="Hub id of the base, where training started from a folder.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="This model's scores, as `score` wrote them; also the card's model-index.")
+    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help="What the questions of these scores are called.")] = None,
+    contamination: Annotated[Path | None, typer.Option(help="What `contamination` wrote.")] = None,
+    decision: Annotated[Path | None, typer.Option(help="What `decide` wrote.")] = None,
 ) -> None:
-    """Write the model card from recorded facts: run facts, merge certificate, a comparison. Nothing is typed by hand.
+    """Write the model card from recorded facts: run facts, merge certificate, evaluation. Nothing is typed by hand.
 
-    Example: `dentalgemma card models/stage2_instruct --comparison comparison.json`
+    Example: `dentalgemma card models/stage2_instruct --comparison comparison.json --scores scores.json`
     """
     from dentalgemma.publishing.cards import write_model_card
 
-    out_console.print(f"Wrote {write_model_card(model, comparison, base=base)}", soft_wrap=True)
+    written = write_model_card(
+        model,
+        comparison,
+        base=base,
+        scores=scores,
+        contamination=contamination,
+        decision=decision,
+        benchmark=benchmark,
+    )
+    out_console.print(f"Wrote {written}", soft_wrap=True)
 
 
 @app.command()

@@ -146,6 +146,7 @@ def test_a_model_is_asked_scored_and_compared(tmp_path, tiny_model, vqa_dataset)
         "compare", tmp_path / "true.jsonl", tmp_path / "blank.jsonl", "--questions", tmp_path / "probe.jsonl"
     ).output
 
-    assert scores["n"] > 20
-    assert 0 <= scores["wilson"][0] <= scores["accuracy"] <= scores["wilson"][1] <= 1
+    closed = scores["closed"]
+    assert closed["n"] > 20
+    assert 0 <= closed["wilson"][0] <= closed["accuracy"] <= closed["wilson"][1] <= 1
     assert "exact McNemar p" in text

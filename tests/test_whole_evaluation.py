@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 
 import pytest
@@ -38,10 +37,10 @@ def run(*arguments, exit_code=0):
     return result.output
 
 
-def judge_by_length(body: dict) -> str:
+def judge_by_letters(body: dict) -> str:
     """A judge that is no use, but says both verdicts."""
     prompt = body["messages"][-1]["content"]
-    return f"It was read.\nVERDICT: {'CORRECT' if len(prompt) % 3 == 0 else 'INCORRECT'}"
+    return f"It was read.\nVERDICT: {'CORRECT' if sum(map(ord, prompt)) % 3 == 0 else 'INCORRECT'}"
 
 
 def write_talkative(tiny_model, folder, *, seed):
@@ -63,17 +62,16 @@ def write_talkative(tiny_model, folder, *, seed):
 
 
 @pytest.fixture(scope="module")
-def evaluated(request, tiny_model, tmp_path_factory):
-    """Every file of an evaluation of two small models of other weights."""
+def evaluated(tiny_model, tmp_path_factory):
+    """Every file of an evaluation of two small models of other weights on 1,069 questions, and the seconds it took."""
     from dentalgemma.evaluation.judge import PROMPT_SHA256
 
-    shape = getattr(request, "param", {"images": 6, "closed": 24, "open_": 12, "empty": 4, "empty_gold": 3})
     folder = tmp_path_factory.mktemp("court")
     models = {
         name: write_talkative(tiny_model, folder / name, seed=seed) for seed, name in enumerate(("base", "tuned"))
     }
     began = time.monotonic()
-    closed, open_ = write_benchmark(folder / "tsv", **shape)
+    closed, open_ = write_benchmark(folder / "tsv")
     questions = folder / "mmoral.jsonl"
     run("import-questions", closed, open_, "--out", questions, "--allow-other-md5")
     (folder / "plan.yaml").write_text(PLAN.replace("PROMPT", PROMPT_SHA256))
@@ -82,7 +80,7 @@ def evaluated(request, tiny_model, tmp_path_factory):
         lengths = ("--max-new-tokens", 4, "--max-new-tokens-open", 6)
         answers = folder / f"{name}.jsonl"
         run("evaluate", questions, "--model", model, "--out", answers, "--batch-size", 32, *lengths)
-        with StubServer(answer=judge_by_length) as server:
+        with StubServer(answer=judge_by_letters) as server:
             run("judge", answers, "--questions", questions, "--server", server.url, "--model", "stub",
                 "--out", folder / f"{name}_verdicts.jsonl", "--input-price", 3, "--output-price", 15)  # fmt: skip
         run("score", answers, "--questions", questions, "--verdicts", folder / f"{name}_verdicts.jsonl",
@@ -94,8 +92,7 @@ def evaluated(request, tiny_model, tmp_path_factory):
         "--scores", f"{TUNED}={folder / 'tuned_scores.json'}", "--comparison", folder / "comparison.json",
         "--out", folder / "decision.json")  # fmt: skip
     run("report", *both, "--decision", folder / "decision.json", "--out", folder / "report.html")
-    seconds = time.monotonic() - began
-    return folder, shape, seconds
+    return folder, time.monotonic() - began
 
 
 def read(path):
@@ -103,21 +100,21 @@ def read(path):
 
 
 def test_every_question_is_answered_and_scored(evaluated):
-    folder, shape, _ = evaluated
+    folder, seconds = evaluated
     scores = read(folder / "base_scores.json")
 
-    assert scores["closed"]["n"] == shape["closed"]
-    assert scores["closed"]["answerable"]["n"] == shape["closed"] - shape["empty_gold"]
-    assert scores["closed"]["ceiling"] == 1 - shape["empty_gold"] / shape["closed"]
-    assert scores["open"]["n"] == scores["open"]["judged"] == shape["open_"]
+    assert (scores["closed"]["n"], scores["closed"]["answerable"]["n"]) == (491, 459)
+    assert scores["closed"]["ceiling"] == pytest.approx(0.9348, abs=1e-4)
+    assert scores["open"]["n"] == scores["open"]["judged"] == 578
     assert scores["combined"]["correct"] == scores["closed"]["correct"] + scores["open"]["correct"]
-    assert scores["combined"]["n"] == shape["closed"] + shape["open_"]
+    assert scores["combined"]["n"] == 1069
+    assert scores["closed"]["images_asked"] == 100
+    assert seconds < 600
     assert 0 < scores["closed"]["failed"] < 1  # what follows is about answers of both kinds
-    assert scores["closed"]["images_asked"] == min(shape["images"], shape["closed"])
 
 
 def test_the_decision_is_pre_registered_since_the_plan_came_first(evaluated):
-    folder, _, _ = evaluated
+    folder, _ = evaluated
     decision = read(folder / "decision.json")
 
     assert decision["pre_registered"] is True, decision
@@ -125,7 +122,7 @@ def test_the_decision_is_pre_registered_since_the_plan_came_first(evaluated):
 
 
 def test_the_page_stands_in_a_browser_and_the_name_is_inert(evaluated, open_page):
-    folder, _, _ = evaluated
+    folder, _ = evaluated
     document = open_page(folder / "report.html")
 
     assert "&lt;b&gt;tuned" in document
@@ -134,7 +131,7 @@ def test_the_page_stands_in_a_browser_and_the_name_is_inert(evaluated, open_page
 
 
 def test_a_plan_that_came_later_is_not_pre_registration(evaluated, tmp_path):
-    folder, _, _ = evaluated
+    folder, _ = evaluated
     run("plan", folder / "plan.yaml", "--out", tmp_path / "late.lock.json")
     run("decide", tmp_path / "late.lock.json", "--scores", f"base={folder / 'base_scores.json'}",
         "--scores", f"{TUNED}={folder / 'tuned_scores.json'}", "--comparison", folder / "comparison.json",
@@ -142,16 +139,3 @@ def test_a_plan_that_came_later_is_not_pre_registration(evaluated, tmp_path):
 
     assert read(tmp_path / "decision.json")["pre_registered"] is False
     assert "is not after the lock" in (tmp_path / "decision.json").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "evaluated", [{"images": 100, "closed": 491, "open_": 578, "empty": 38, "empty_gold": 32}], indirect=True
-)
-def test_a_benchmark_of_1069_items_takes_less_than_ten_minutes(evaluated):
-    folder, _, seconds = evaluated
-
-    assert seconds < 600
-    assert read(folder / "base_scores.json")["closed"]["ceiling"] == pytest.approx(0.9348, abs=1e-4)
-    print(f"{seconds:.0f} s")
-    shutil.rmtree(folder)

@@ -111,11 +111,18 @@ def run_quickstart(out: Path, *, seed: int = 0, control: bool = False) -> Path:
         train_stage(run, "stage1_vqa", start="models/base", dataset="vqa_shuffled", options=STAGE1, merged="control")
         arms["control"] = ("control", "true")
     results = evaluate_arms(run, arms)
-    with run.step("Write card and page"):
+    with run.step("Write card, report and page"):
         from dentalgemma.publishing.cards import write_model_card
         from dentalgemma.quickstart_page import write_page
 
-        write_model_card(out / "models" / "dentalgemma", out / "evaluation" / "comparison_base_tuned.json")
+        folder = out / "evaluation"
+        write_model_card(
+            out / "models" / "dentalgemma",
+            folder / "comparison_base_tuned.json",
+            scores=folder / "scores_tuned.json",
+            benchmark="Synthetic panoramic radiographs",
+        )
+        report_stages(folder)
         summary = {"seed": seed, "finished": True, "seconds": run.seconds, **results}
         (out / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         page = write_page(out, summary)
@@ -232,6 +239,7 @@ def shuffle_images(dataset: Path, out: Path, *, seed: int) -> None:
 
 def evaluate_arms(run: Rehearsal, arms: dict[str, tuple[str, str]]) -> dict:
     """Ask every arm the held-out questions, by option log-likelihood, and compare each with the tuned model."""
+    from dentalgemma.evaluation.files import write_json
     from dentalgemma.evaluation.generation import evaluate_questions
     from dentalgemma.evaluation.questions import load_questions
     from dentalgemma.evaluation.scoring import compare_predictions, score_predictions
@@ -258,9 +266,27 @@ def evaluate_arms(run: Rehearsal, arms: dict[str, tuple[str, str]]) -> dict:
         for arm in arms:
             if arm != "tuned":
                 comparisons[arm] = compare_predictions(folder / f"{arm}.jsonl", folder / "tuned.jsonl", probe)
-        document = json.dumps(comparisons["base"], indent=2) + "\n"
-        (folder / "comparison_base_tuned.json").write_text(document, encoding="utf-8")
+        write_json(folder / "comparison_base_tuned.json", comparisons["base"])
+        write_json(folder / "scores_tuned.json", scores["tuned"])
     return {"scores": scores, "comparisons": comparisons, "verdicts": judge(scores, comparisons)}
+
+
+def report_stages(folder: Path) -> None:
+    """Write the report of base, stage 1 and stage 2, with what each of them learned and forgot."""
+    from dentalgemma.evaluation.gates import gate_runs
+    from dentalgemma.evaluation.report import write_report
+    from dentalgemma.evaluation.scoring import compare_all, read_run, score_run
+
+    probe = folder / "probe.jsonl"
+    runs = [read_run(folder / f"{name}.jsonl", probe, name=name) for name in ("base", "stage1", "tuned")]
+    write_report(
+        runs,
+        folder / "report.html",
+        scores=[score_run(run) for run in runs],
+        comparisons=compare_all(runs),
+        gate=gate_runs(runs),
+        title="Quickstart: base, stage 1, stage 2",
+    )
 
 
 def judge(scores: dict, comparisons: dict) -> dict[str, bool]:

@@ -32,7 +32,7 @@ def test_every_step_leaves_what_the_next_one_needs(finished):
 
     for name in ("audit.json", "data/vqa/README.md", "data/instruct/README.md", "runs/stage1_vqa/run_facts.json",
                  "models/dentalgemma/merge_certificate.json", "models/dentalgemma/README.md",
-                 "evaluation/probe.jsonl", "evaluation/tuned_other.jsonl"):  # fmt: skip
+                 "evaluation/probe.jsonl", "evaluation/tuned_other.jsonl", "evaluation/report.html"):  # fmt: skip
         assert (folder / name).is_file(), name
     assert summary["finished"]
     assert len(summary["verdicts"]) == 4

@@ -11,10 +11,12 @@ from data_builders.sources import load_sources
 from dentalgemma.cli import app
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))}
 COMMANDS = typer.main.get_command(app).commands
 LINES = [
     line.split(" #")[0].split(" > ")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for line in block.splitlines()
 ]
 
@@ -44,9 +46,12 @@ def test_every_recipe_exists(line):
     assert (REPOSITORY / next(part for part in shlex.split(line) if part.endswith(".py"))).is_file()
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
-def test_every_local_link_leads_somewhere(target):
-    assert (REPOSITORY / target).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_every_local_link_leads_somewhere(page):
+    path = PAGES[page]
+
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
 
 
 def test_every_make_target_exists():

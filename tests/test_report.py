@@ -18,7 +18,7 @@ from dentalgemma.evaluation.gates import gate_runs
 from dentalgemma.evaluation.plan import write_plan
 from dentalgemma.evaluation.plots import draw_accuracy, draw_methods, draw_parts, short_name
 from dentalgemma.evaluation.questions import EvaluationError
-from dentalgemma.evaluation.report import find_flips, write_report
+from dentalgemma.evaluation.report import find_flips, order_by_reading, write_report
 from dentalgemma.evaluation.scoring import compare_all, read_run, score_run
 
 HOSTILE = "<img src=x onerror=\"document.title='PWNED'\">"
@@ -371,3 +371,20 @@ def test_plots_draw_any_name_as_text(name):
     assert not any("<b>" in svg for svg in drawn)
     assert drawn[0] == draw_accuracy([model], chance=0.25, ceiling=0.9348)
     assert len(short_name(name)) <= 30
+
+
+@pytest.mark.parametrize(
+    ("strict", "changed"),
+    [
+        pytest.param((0.5, 0.2), "no", id="as in the headline"),
+        pytest.param((0.3, 0.3), "tie", id="equal"),
+        pytest.param((0.2, 0.5), "yes", id="the other way round"),
+    ],
+)
+def test_another_reading_that_ties_models_is_not_said_to_turn_them_round(strict, changed):
+    scores = []
+    for name, own, headline in zip(("first", "second"), strict, (0.4, 0.3), strict=True):
+        readings = {"protocols": {"strict": {"accuracy": own}}, "bounds": {"failures_wrong": {"accuracy": headline}}}
+        scores.append({"name": name, "closed": readings})
+
+    assert order_by_reading(scores)["strict"]["changed"] == changed

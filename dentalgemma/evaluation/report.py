@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,7 +153,8 @@ def order_by_reading(scores: Sequence[Mapping]) -> dict[str, dict]:
     """The models' closed accuracies and their order under each protocol and bound, and whether the order is another.
 
     The headline, the test and the decision use one protocol alone, `seed` unless said otherwise; this says what they
-    rest on. Empty where a model has no closed answer in words.
+    rest on. `order` holds those of one accuracy together; `changed` is `yes` where two models change places, `tie`
+    where two that differ in the headline do not, else `no`. Empty where a model has no closed answer in words.
     """
     readings: dict[str, dict[str, float]] = {}
     for score in scores:
@@ -165,15 +167,25 @@ def order_by_reading(scores: Sequence[Mapping]) -> dict[str, dict]:
             if own and own["accuracy"] is not None:  # none, where nothing could be read
                 readings.setdefault(name, {})[score["name"]] = own["accuracy"]
     complete = {name: own for name, own in readings.items() if len(own) == len(scores)}
-    headline = _order(complete["failures_wrong"]) if "failures_wrong" in complete else None
+    headline = complete.get("failures_wrong", {})
     return {
-        name: {"accuracy": own, "order": _order(own), "changes_order": headline is not None and _order(own) != headline}
+        name: {"accuracy": own, "order": _order(own), "changed": _compare_order(headline, own)}
         for name, own in complete.items()
     }
 
 
-def _order(accuracies: Mapping[str, float]) -> list[str]:
-    return sorted(accuracies, key=lambda name: (-accuracies[name], name))
+def _order(accuracies: Mapping[str, float]) -> list[list[str]]:
+    ranks = sorted(set(accuracies.values()), reverse=True)
+    return [[name for name, accuracy in accuracies.items() if accuracy == rank] for rank in ranks]
+
+
+def _compare_order(headline: Mapping[str, float], other: Mapping[str, float]) -> str:
+    signs = [
+        (headline[a] - headline[b]) * (other[a] - other[b])
+        for a, b in combinations(headline, 2)
+        if headline[a] != headline[b]
+    ]
+    return "yes" if any(sign < 0 for sign in signs) else "tie" if 0 in signs else "no"
 
 
 def find_flips(a: Run, b: Run, *, limit: int = SHOWN_FLIPS) -> dict:

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 #   truncated     a body shorter than it says        broken_json   a whole body that is half a JSON document
 #   insufficient_quota   429 that no waiting mends
 #   dropped       the connection closes unanswered   no_choices    200 with JSON of another form
+#   raw:STATUS:BODY   that status and body, to the letter
 #   refuses:NAME  400 naming that parameter, whenever a request holds it; 200 otherwise
 # Anything else is the text that is answered.
 
@@ -118,6 +119,9 @@ class StubServer:
             handler.close_connection = True
         elif act == "no_choices":
             send(handler, 200, b'{"object": "something else"}')
+        elif name == "raw":
+            status, _, raw = detail.partition(":")
+            send(handler, int(status), raw.encode())
         elif name == "refuses" and detail in body:
             message = f"Unsupported parameter: '{detail}' is not supported with this model."
             message += " Use 'max_completion_tokens' instead." * (detail == "max_tokens")

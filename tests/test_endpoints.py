@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import traceback
@@ -9,7 +10,7 @@ import traceback
 import pytest
 from stub_server import StubServer, prompt_text
 
-from dentalgemma.evaluation.endpoints import Endpoint, EndpointError, open_endpoint
+from dentalgemma.evaluation.endpoints import Endpoint, EndpointClosed, EndpointError, open_endpoint
 from dentalgemma.evaluation.questions import EvaluationError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -34,7 +35,7 @@ def test_both_apis_answer_and_count_tokens(api):
 
 
 @pytest.mark.parametrize(
-    "failure", ["429", "500", "503", "529", "truncated", "broken_json", "dropped", "no_choices"], ids=str
+    "failure", ["429", "500", "503", "520", "524", "529", "truncated", "broken_json", "dropped", "no_choices"], ids=str
 )
 @pytest.mark.parametrize("api", ["openai", "anthropic"])
 def test_what_may_pass_is_tried_again_with_identical_parameters(failure, api):
@@ -77,11 +78,19 @@ def test_retry_after_goes_before_the_own_wait():
     assert 0.3 <= reply.seconds < 30
 
 
-def test_waits_double():
-    with StubServer(["503", "503", "503", "text"]) as server:
-        reply = ask(server, backoff=0.05)
+def test_a_server_that_asks_for_no_wait_is_given_the_own_one():
+    with StubServer(["429:0", "text"]) as server:
+        reply = ask(server, backoff=0.2)
 
-    assert reply.seconds >= 0.05 + 0.1 + 0.2
+    assert reply.seconds >= 0.2
+
+
+@pytest.mark.parametrize(("drawn", "longer"), [(0.0, 1.0), (1.0, 1.25)])
+def test_waits_double_and_are_longer_by_a_random_part(drawn, longer):
+    with StubServer(["503", "503", "503", "text"]) as server:
+        reply = ask(server, backoff=0.05, jitter=lambda: drawn)
+
+    assert reply.seconds >= (0.05 + 0.1 + 0.2) * longer
 
 
 @pytest.mark.parametrize(
@@ -128,6 +137,73 @@ def test_reasoning_models_get_their_limit_under_its_new_name():
     assert reply.requested == {"max_tokens": 8} and reply.honoured == {"max_completion_tokens": 8}
 
 
+def refusal(message: str, parameter: object = None) -> str:
+    return "raw:400:" + json.dumps({"error": {"message": message, "param": parameter}})
+
+
+FASTAPI = '{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}'
+GOOGLE = r'[{"error": {"code": 400, "message": "Unknown name \"seed\": Cannot find field."}}]'
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (refusal("Unsupported parameter: 'temperature' is not supported with this model."), "temperature"),
+        (refusal("'temperature' does not support 0; only the default (1) is supported.", "temperature"), "temperature"),
+        (refusal("Unrecognized request argument supplied: seed"), "seed"),
+        (refusal("Unrecognized request arguments supplied: top_k, seed"), "seed"),
+        (refusal("temperature: Extra inputs are not permitted"), "temperature"),
+        (refusal("`temperature` is deprecated for this model."), "temperature"),
+        (refusal("[{'type': 'extra_forbidden', 'loc': ('body', 'seed'), 'msg': 'Extra inputs …'}]"), "seed"),
+        (refusal("no good", "seed"), "seed"),
+        ("raw:422:" + FASTAPI, "seed"),
+        ("raw:400:" + GOOGLE, "seed"),
+    ],
+    ids=range(10),
+)
+def test_a_parameter_is_left_out_where_a_server_names_it_as_servers_do(said, name):
+    wanted = {"seed": 0, "temperature": 0, "max_tokens": 8}
+    with StubServer([said, "text"]) as server:
+        reply = ask(server, parameters=wanted)
+
+    assert reply.honoured == {key: value for key, value in wanted.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        refusal("Cannot read the messages: at what temperature does a seed of caries grow?"),
+        refusal("the content 'seed' is not valid", "messages"),
+        refusal("temperature: the server is too hot"),
+        refusal("'max_tokens' or 'max_completion_tokens' is too large: 9. The maximum context length is 4 tokens."),
+        "raw:400:no seed and no temperature",
+    ],
+    ids=range(5),
+)
+def test_a_word_of_the_message_is_no_parameter(said):
+    with (
+        StubServer([said, "text"]) as server,
+        Endpoint(server.url, "stub", backoff=0.01) as endpoint,
+        pytest.raises(EndpointError, match="status 400"),
+    ):
+        endpoint.complete(HELLO, seed=0, temperature=0, max_tokens=9)
+
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("api", ["openai", "anthropic"])
+def test_a_parameter_that_is_refused_for_ever_is_an_error(api):
+    said = refusal("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "max_tokens")
+    with (
+        StubServer(lambda _: said if len(server.requests) < 20 else "text") as server,
+        pytest.raises(EndpointError, match="status 400"),
+    ):
+        ask(server, api=api, parameters={"max_tokens": 8})
+
+    assert len(server.requests) == (2 if api == "openai" else 1)
+    assert api == "openai" or server.requests[0]["max_tokens"] == 8
+
+
 def test_any_other_bad_request_is_an_error_and_not_asked_otherwise():
     with StubServer(["400"]) as server, pytest.raises(EndpointError, match=r"status 400.*made-up error"):
         ask(server, parameters={"seed": 0, "temperature": 0})
@@ -167,6 +243,62 @@ def test_half_a_character_becomes_one_that_a_file_can_hold():
         assert ask(server).text == "a\ufffd b"
 
 
+def test_half_a_character_in_a_name_or_an_error_is_one_that_a_file_can_hold():
+    odd = r'{"model": "m\ud83d", "choices": [{"message": {"content": "a"}, "finish_reason": "\udc00"}]}'
+    with StubServer(["raw:200:" + odd, r'raw:400:{"error": {"message": "no \ud83d"}}']) as server:
+        reply = ask(server)
+        with pytest.raises(EndpointError, match="no \ufffd") as caught:
+            ask(server)
+
+    assert (reply.model, reply.finish_reason) == ("m\ufffd", "\ufffd")
+    assert str(caught.value).encode()
+
+
+def test_a_key_in_escapes_is_a_key():
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in CANARY)
+    with StubServer(['raw:200:{"choices": [{"message": {"content": "' + escaped + '"}}]}']) as server:
+        assert ask(server, api_key=CANARY).text == "[key]"
+
+
+@pytest.mark.parametrize("status", ["200", "400", "500"])
+@pytest.mark.parametrize(
+    "body", ["[" * 200_000, '{"choices": ' + "9" * 5_000 + "}", "null", '"text"', ""], ids=["deep", "long", 1, 2, 3]
+)
+def test_no_body_is_more_than_an_error(status, body):
+    with StubServer([f"raw:{status}:{body}"]) as server, pytest.raises(EndpointError) as caught:
+        ask(server, retries=1)
+
+    assert caught.value.status == int(status)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("status", ["200", "500"])
+def test_a_body_without_end_is_not_read_to_it(status):
+    with (
+        StubServer([f"raw:{status}:" + "x" * (17 * 2**20)]) as server,
+        pytest.raises(EndpointError, match="larger than 16,777,216 bytes") as caught,
+    ):
+        ask(server)
+
+    assert len(server.requests) == 1 and caught.value.status == int(status)
+
+
+@pytest.mark.parametrize("odd", [True, -3, 2.5, "7", None, [1], 10**30], ids=str)
+@pytest.mark.parametrize("api", ["openai", "anthropic"])
+def test_only_counts_are_counted(api, odd):
+    names = ("prompt_tokens", "completion_tokens") if api == "openai" else ("input_tokens", "cache_read_input_tokens")
+    usages = [dict(zip(names, (5, odd), strict=True)), {names[0]: odd}, odd]
+    answer = {"content": [{"type": "text", "text": "a"}], "choices": [{"message": {"content": "a"}}]}
+    with StubServer(["raw:200:" + json.dumps(answer | {"usage": usage}) for usage in usages]) as server:
+        first, second, third = (ask(server, api=api).usage for _ in usages)
+
+    if odd == 10**30:
+        assert first in ({"input_tokens": 5, "output_tokens": odd}, {"input_tokens": 5 + odd}), "a control"
+    else:
+        assert (first, second) == ({"input_tokens": 5}, {})
+    assert third == {}
+
+
 def test_threads_share_an_endpoint():
     replies = []
     with StubServer(answer=lambda body: prompt_text(body)) as server, Endpoint(server.url, "stub") as endpoint:
@@ -183,25 +315,28 @@ def test_threads_share_an_endpoint():
     assert len(replies) == 8 and all(asked == answered for asked, answered in replies)
 
 
-def test_closing_ends_the_waits_of_other_threads():
+@pytest.mark.parametrize("act", ["503", "slow", "dripping"])
+def test_closing_ends_what_other_threads_ask_and_wait_for(act):
     caught = []
-    with StubServer(["503"]) as server:
-        endpoint = Endpoint(server.url, "stub", backoff=200)
+    with StubServer([act], delay=300) as server:
+        endpoint = Endpoint(server.url, "stub", backoff=200, timeout=400)
 
         def ask_one() -> None:
             try:
                 endpoint.complete(HELLO)
-            except EndpointError as error:
+            except EndpointClosed as error:
                 caught.append(str(error))
 
-        thread = threading.Thread(target=ask_one)
+        thread = threading.Thread(target=ask_one, daemon=True)
         thread.start()
         while not server.requests:
             thread.join(0.01)
         endpoint.close()
         thread.join(30)
 
-    assert not thread.is_alive() and len(caught) == 1
+        assert not thread.is_alive() and len(caught) == 1
+        with pytest.raises(EndpointClosed):
+            endpoint.complete(HELLO)
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,57 @@ def test_killed_in_the_middle_the_second_run_asks_only_for_what_is_missing(tmp_p
     assert lines == {f"q{number}": 1 for number in range(40)}, "nothing lost, nothing twice"
 
 
+@pytest.mark.parametrize("act", ["429:300", "slow"])
+def test_an_interrupt_ends_at_once_and_keeps_the_verdicts_that_came(tmp_path, act):
+    write_run(tmp_path, 40)
+    out = tmp_path / "verdicts.jsonl"
+    with StubServer([RIGHT, RIGHT, act], delay=300) as server:
+        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path, server.url], stderr=subprocess.PIPE)
+        try:
+            deadline = time.monotonic() + 60
+            while not (len(server.requests) == 4 and out.read_bytes().count(b"\n") == 2):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+
+    assert b"KeyboardInterrupt" in said and b"Exception in thread" not in said
+    assert list(verdicts_of(tmp_path).values()) == ["correct"] * 2, "what was broken off is no judge error"
+
+
+def test_half_a_character_from_the_server_ends_nothing(folder):
+    odd = r'{"model": "m\ud83d", "choices": [{"message": {"content": "\ud83d\nVERDICT: CORRECT"}}]}'
+    with StubServer(by_item({1: r'raw:400:{"error": {"message": "no \ud83d"}}'}, "raw:200:" + odd)) as server:
+        summary = judge(folder, server, cache=folder / "cache")
+
+    assert (summary["correct"], summary["judge_errors"]) == (5, 1)
+    assert read_verdicts(folder / "verdicts.jsonl")["q0"]["judge"]["answered_by"] == "m\ufffd"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "My notes,\nthe last line without its end",
+        "My notes",
+        'My notes\n{"item_id": "q0", "verd',
+        '{"a": 1}',
+        '{"item_id": "q0", "question": "What?"}',
+        "[" * 100_000,
+    ],
+    ids=range(6),
+)
+def test_a_file_of_something_else_is_left_as_it_is(folder, content):
+    out = folder / "notes.txt"
+    out.write_text(content)
+    with StubServer() as server, pytest.raises(EvaluationError, match=r"notes\.txt"):
+        judge(folder, server, out=out)
+
+    assert out.read_text() == content and not server.requests
+
+
 def test_workers_ask_at_once(folder):
     with StubServer(["slow"], delay=0.3) as server:
         judge(folder, server, workers=3)
@@ -337,7 +388,7 @@ def test_a_server_that_is_down_is_not_asked_for_ever(tmp_path):
     with StubServer() as server:
         summary = judge(tmp_path, server)
 
-    assert 20 <= asked < 60 and summary["correct"] == len(server.requests) == 60
+    assert 10 <= asked < 60 and summary["correct"] == len(server.requests) == 60
 
 
 def test_verdicts_of_another_run_are_not_mixed_in(folder):
@@ -383,6 +434,8 @@ def test_a_verdicts_file_names_the_line_that_is_wrong(tmp_path):
         ('{"item_id": "a", "verdict": "maybe"}\n', ":1: verdict 'maybe'"),
         ('{"item_id": "a"}\n', ":1: not a verdict"),
         ("[]\n", ":1: not a verdict"),
+        ('{"item_id": ["a"], "verdict": "correct"}\n', ":1: not a verdict"),
+        ("[" * 100_000 + "\n", ":1: not a verdict"),
     ):
         path.write_text(text)
         with pytest.raises(EvaluationError, match=message):
@@ -413,13 +466,14 @@ def test_a_local_model_judges_by_the_same_interface(tmp_path, tiny_model):
 
     write_run(tmp_path, 2)
     model, processor = load_model(ModelConfig(model_name_or_path=str(tiny_model), dtype="float32"))
-    asked = {"judge": LocalJudge(model, processor, name="tiny"), "max_tokens": 4, "progress": False}
+    asked = {"judge": LocalJudge(model, processor, name="/home/somebody/tiny"), "max_tokens": 4, "progress": False}
     files = (tmp_path / "predictions.jsonl", tmp_path / "questions.jsonl")
     summary = judge_answers(*files, out=tmp_path / "verdicts.jsonl", **asked)
 
     assert summary["judge_errors"] == 2, "a random model writes no verdict; it is not counted as wrong"
     line = read_verdicts(tmp_path / "verdicts.jsonl")["q0"]
     assert line["judge"]["api"] == "local" and line["judge"]["model"].startswith("tiny@")
+    assert "/" not in LocalJudge(model, processor).model, "no folder of this machine goes into a verdict"
     assert line["judge"]["honoured"] == {"do_sample": False, "max_new_tokens": 4} and line["cost_usd"] is None
 
 

@@ -1,5 +1,6 @@
 """A model behind an endpoint is asked what a model loaded here is asked; nothing is lost, asked twice or made up."""
 
+import _thread
 import base64
 import io
 import json
@@ -7,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from stub_server import StubServer, prompt_text
 
+from dentalgemma.evaluation.asking import ask_all
 from dentalgemma.evaluation.endpoints import Endpoint
 from dentalgemma.evaluation.predictions import open_image
 from dentalgemma.evaluation.questions import EvaluationError, Question, put_question, read_predictions
@@ -128,6 +132,33 @@ def test_files_travel_as_they_are_but_without_what_may_name_a_patient(items, tmp
     assert PATIENT.encode() not in content
     scan = own[own.index(b"\xff\xda") :]
     assert content.endswith(scan)  # the compressed picture itself, not one compressed again
+
+
+def test_no_profile_exif_or_text_reaches_the_server_whatever_the_file(tmp_path):
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x010E] = PATIENT
+    text.add_text("Name", PATIENT)
+    told = {"icc_profile": PATIENT.encode() * 9, "exif": exif}
+    rgb = Image.fromarray(noise(9))
+    rgb.quantize(16).save(tmp_path / "palette.png", pnginfo=text, **told)
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", comment=PATIENT, **told)
+    rgb.save(tmp_path / "lossless.webp", lossless=True, xmp=PATIENT.encode(), **told)
+    items = [
+        Question(path.stem, "What is seen?", "Caries.", image=path, image_id=path.stem) for path in tmp_path.iterdir()
+    ]
+    with StubServer() as server:
+        ask(server, items, tmp_path / "p.jsonl")
+
+    assert len(server.requests) == 3
+    for item in items:
+        with Image.open(item.image) as own:
+            assert {"icc_profile", "exif"} <= own.info.keys(), "a control: it is there"
+    for body in server.requests:
+        content = base64.b64decode(body["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2])
+        assert PATIENT.encode() not in content
+        with Image.open(io.BytesIO(content)) as sent:
+            sent.load()
+            assert (sent.format, sent.info, dict(sent.getexif())) == ("PNG", {}, {})
 
 
 def test_blank_pictures_are_grey_ones_of_the_same_size_and_other_ones_another_patients(items, tmp_path):
@@ -267,6 +298,30 @@ def test_answers_of_another_server_model_or_length_do_not_mix(items, tmp_path):
         assert not elsewhere.requests
 
 
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
+    out = tmp_path / "questions.jsonl"
+    item = Question("q0", "Question?", "Answer")
+    for content in ('{"item_id": "q0", "question": "Question?", "answer": "Answer"}', '{"a": 1}', 'Notes\n{"item_id'):
+        out.write_text(content)
+        with StubServer() as server, pytest.raises(EvaluationError, match=r"another file|needs its item_id"):
+            ask(server, [item], out)
+        assert out.read_text() == content
+        assert not server.requests
+
+
+def test_a_last_line_without_its_end_of_line_is_one_all_the_same(tmp_path):
+    out = tmp_path / "p.jsonl"
+    items = [Question(f"q{number}", f"Question {number}?", "Answer") for number in range(2)]
+    with StubServer() as server:
+        endpoint = connect(server)
+        ask(server, items[:1], out, endpoint)
+        out.write_bytes(out.read_bytes().rstrip(b"\n"))
+        lines = ask(server, items, out, endpoint)
+
+    assert lines.keys() == {"q0", "q1"}
+    assert len(server.requests) == 2
+
+
 def test_the_key_is_sent_and_written_nowhere(items, tmp_path, capfd):
     key = "sk-canary-5f2b"
     with (
@@ -290,22 +345,47 @@ ask_server(Endpoint(sys.argv[1], "stub"), items, out=sys.argv[2], workers=3, pro
 """
 
 
-def test_an_interrupt_does_not_wait_for_the_servers_pauses(tmp_path):
+@pytest.mark.parametrize("act", ["429:300", "slow", "dripping"])
+def test_an_interrupt_waits_neither_for_pauses_nor_for_answers_and_keeps_those_that_came(tmp_path, act):
     out = tmp_path / "p.jsonl"
-    with StubServer(["text", "text", "429:300"]) as server:
+    with StubServer(["text", "text", act], delay=300) as server:
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED_RUN, server.url, str(out)], cwd=tmp_path, stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 60
-        while len(server.requests) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 60
+            while not (len(server.requests) == 5 and out.read_bytes().count(b"\n") == 2):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
 
     assert b"KeyboardInterrupt" in said
+    assert b"Exception in thread" not in said
     assert process.returncode != 0
     assert len(read_predictions(out)) == 2
+
+
+def test_an_answer_that_is_there_when_the_run_is_broken_off_is_still_written():
+    interrupted, never = threading.Event(), threading.Event()
+    written = []
+
+    def ask_one(item):
+        if item == "hangs":
+            never.wait()
+            return
+        _thread.interrupt_main()
+        assert interrupted.wait(30)
+        written.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(ask_one, ["hangs", "answers", "later"], workers=2, interrupt=interrupted.set)
+
+    assert written == ["answers"]
+    never.set()
 
 
 def test_a_process_killed_in_the_middle_leaves_only_what_is_missing_to_ask(tmp_path):

@@ -165,7 +165,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise EvaluationError(f"{path}:{number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise EvaluationError(f"{path}:{number}: expected keys and values, got {type(row).__name__}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -27,8 +31,10 @@ ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 1024  # its API wants a limit; this one where the caller names none
 ANTHROPIC_FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 DROPPABLE = ("seed", "temperature", "top_p", "top_k")  # some models take none; the others change what is asked
-RETRIED = (408, 429, 500, 502, 503, 504, 529)
+RETRIED = (408, 429, 500, 502, 503, 504, *range(520, 525), 529)  # 520 to 524 are Cloudflare's
 LONGEST_WAIT = 300.0  # seconds, whatever the server asks for
+JITTER = 0.25  # a wait is longer by up to this share, so that workers do not come back all at once
+LARGEST_BODY = 16 * 2**20  # bytes
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no UTF-8 file can hold
 SHORTEST_SECRET = 8  # vLLM's dummies such as EMPTY are no secret, and may well stand in an answer
 
@@ -39,6 +45,10 @@ class EndpointError(EvaluationError):
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class EndpointClosed(EndpointError):
+    """The endpoint was closed while this was under way: nothing is known of the answer."""
 
 
 class Reply(NamedTuple):
@@ -69,7 +79,11 @@ class _Unavailable(Exception):
 
 
 class _RefusedParameter(Exception):
-    """The server takes the request only without this parameter."""
+    """The server takes the request only without the parameter of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 def open_endpoint(
@@ -105,7 +119,7 @@ class Endpoint:
     """A model at a URL such as http://localhost:8000/v1 (`/v1` is added to a bare host). Threads may share it.
 
     `timeout` are the seconds that one try may take in all, `retries` how often a failed one is repeated, `backoff` the
-    first wait in seconds, which doubles each time; a server's Retry-After goes first.
+    first wait in seconds, which doubles each time; a server's Retry-After goes first. `jitter` draws from 0 to 1.
     """
 
     url: str
@@ -115,9 +129,11 @@ class Endpoint:
     timeout: float = 120
     retries: int = 5
     backoff: float = 1.0
+    jitter: Callable[[], float] = field(default=random.random, repr=False, compare=False)
     _client: httpx2.Client = field(init=False, repr=False, compare=False)
     _refused: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
     _closed: threading.Event = field(init=False, repr=False, compare=False, default_factory=threading.Event)
+    _connections: _Connections = field(init=False, repr=False, compare=False, default_factory=lambda: _Connections())
 
     def __post_init__(self) -> None:
         if self.api not in VENDORS:
@@ -132,15 +148,16 @@ class Endpoint:
         self.close()
 
     def close(self) -> None:
-        """Close connections, and end the waits of other threads with an error."""
+        """Close connections, and end at once what other threads ask or wait for: with `EndpointClosed`."""
         self._closed.set()
+        self._connections.shut()
         self._client.close()
 
     def complete(self, messages: Sequence[Mapping], *, system: str | None = None, **parameters: object) -> Reply:
         """Answer a conversation in OpenAI's form; parameters that are None are not sent.
 
-        Statuses 408, 429, 500, 502, 503, 504 and 529, timeouts, broken connections and bodies that are cut off are
-        tried again with identical parameters. A decoding parameter that the server refuses by name is left out from
+        Statuses 408, 429, 500, 502 to 504, 520 to 524 and 529, timeouts, broken connections and bodies that are cut off
+        are tried again with identical parameters. A decoding parameter that the server refuses by name is left out from
         then on.
 
         Raises:
@@ -156,7 +173,7 @@ class Endpoint:
                 answer = self._post(write_request(self.api, self.model, messages, system=system, parameters=honoured))
                 text, finish_reason, usage, model = _READERS[self.api](answer)
             except _RefusedParameter as refusal:
-                self._refused.add(str(refusal))
+                self._refused.add(refusal.name)
             except _Unavailable as failure:
                 failures += 1
                 if failures > self.retries:
@@ -166,7 +183,6 @@ class Endpoint:
                     ) from None
                 self._wait(failure, failures)
             else:
-                text = LONE_SURROGATE.sub("\ufffd", text)
                 seconds = round(time.monotonic() - began, 6)
                 return Reply(text, finish_reason, usage, requested, honoured, model, seconds, attempts)
 
@@ -181,42 +197,61 @@ class Endpoint:
         return accepted
 
     def _wait(self, failure: _Unavailable, failures: int) -> None:
-        wanted = failure.retry_after if failure.retry_after is not None else self.backoff * 2 ** (failures - 1)
-        if self._closed.wait(min(wanted, LONGEST_WAIT)):
-            raise EndpointError(f"{self.url}: closed while waiting to try again; the last try: {failure}")
+        seconds = pause(failures, backoff=self.backoff, retry_after=failure.retry_after, jitter=self.jitter())
+        if self._closed.wait(seconds):
+            raise EndpointClosed(f"{self.url}: closed while waiting to try again; the last try: {failure}")
 
     def _post(self, body: dict) -> dict:
         """Send one request and return its JSON; failures become one of the three errors above."""
         try:
             response, content = self._exchange(body)
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Unavailable(f"{type(error).__name__}: {self._scrub(str(error)) or 'no answer in time'}") from None
-        text = self._scrub(content.decode("utf-8", errors="replace"))
+        except Exception as error:
+            if self._closed.is_set():  # under the request, which may then fail in any way
+                raise EndpointClosed(f"{self.url}: closed while the request was under way") from None
+            if isinstance(error, (httpx2.TransportError, httpx2.DecodingError)):
+                said = self._scrub(str(error)) or "no answer in time"
+                raise _Unavailable(f"{type(error).__name__}: {said}") from None
+            raise
+        answer = self._parse(content)
         if response.status_code != 200:
-            raise self._explain(response, text, parameters=body)
-        try:
-            answer = json.loads(text)
-        except json.JSONDecodeError:
-            raise _Unavailable(f"the body of {len(content)} bytes is not valid JSON", status=200) from None
-        if not isinstance(answer, dict) or isinstance(answer.get("error"), (dict, str)):
-            raise _Unavailable(f"status 200 without an answer: {_error_text(text)}", status=200)
+            raise self._explain(response, answer, parameters=body)
+        if not isinstance(answer, dict):
+            raise _Unavailable(f"the body of {len(content)} bytes is not a JSON object", status=200)
+        if isinstance(answer.get("error"), (dict, str)):
+            raise _Unavailable(f"status 200 without an answer: {_error_text(answer)}", status=200)
         return answer
 
     def _exchange(self, body: dict) -> tuple[httpx2.Response, bytes]:
         """One request and its body; the timeout of the client is of each read, so the whole has its own deadline."""
         deadline = time.monotonic() + self.timeout
-        chunks = []
-        with self._client.stream("POST", self.url + PATHS[self.api], json=body) as response:
+        chunks, size = [], 0
+        watched = {"trace": self._connections.watch}
+        with self._client.stream("POST", self.url + PATHS[self.api], json=body, extensions=watched) as response:
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
+                size += len(chunk)
+                if size > LARGEST_BODY:
+                    raise EndpointError(
+                        f"{self.url}: the answer is larger than {LARGEST_BODY:,} bytes; no chat completion is",
+                        status=response.status_code,
+                    )
                 if time.monotonic() > deadline:
                     raise httpx2.ReadTimeout(f"the body was not complete after {self.timeout:g} s")
         return response, b"".join(chunks)
 
-    def _explain(self, response: httpx2.Response, text: str, *, parameters: Mapping[str, object]) -> Exception:
+    def _parse(self, content: bytes) -> object:
+        """The JSON of a body, or its text where it is none; neither the key nor half a character gets past here."""
+        text = self._scrub(content.decode("utf-8", errors="replace"))
+        try:
+            # Written and read again, since escapes (\ud83d) become what they stand for only by reading.
+            return json.loads(self._scrub(json.dumps(json.loads(text), ensure_ascii=False)))
+        except (ValueError, RecursionError):  # also numbers of thousands of digits, and brackets in brackets
+            return text
+
+    def _explain(self, response: httpx2.Response, body: object, *, parameters: Mapping[str, object]) -> Exception:
         """What a status other than 200 means: try again, leave a parameter out, or give up with a remedy."""
-        status, reason = response.status_code, _error_text(text)
-        if status in RETRIED and "insufficient_quota" not in text:
+        status, reason = response.status_code, _error_text(body)
+        if status in RETRIED and "insufficient_quota" not in str(body):
             wait = _retry_after(response.headers.get("retry-after"))
             return _Unavailable(f"status {status}: {reason}", status=status, retry_after=wait)
         if status in (401, 403):  # what the server says may quote the key
@@ -233,15 +268,48 @@ class Endpoint:
                 f"{self.url}: redirects elsewhere (status {status}); give the final URL", status=status
             )
         if status in (400, 422):
-            refused = _refused_parameter(text, parameters)
+            refused = _refused_parameter(body, parameters, api=self.api)
             if refused:
                 return _RefusedParameter(refused)
         return EndpointError(f"{self.url}: the request was refused (status {status}): {reason}", status=status)
 
     def _scrub(self, text: str) -> str:
-        """Whatever a server sends back, the key does not reach a file or a message."""
+        """Whatever a server sends back, the key does not reach a file or a message, nor does half a character."""
         secret = self.api_key or ""
-        return text.replace(secret, "[key]") if len(secret) >= SHORTEST_SECRET else text
+        text = text.replace(secret, "[key]") if len(secret) >= SHORTEST_SECRET else text
+        return LONE_SURROGATE.sub("\ufffd", text)
+
+
+class _Connections:
+    """The sockets of a client, to be shut from another thread: merely closed, they would not wake one that reads."""
+
+    def __init__(self) -> None:
+        self._streams: weakref.WeakSet = weakref.WeakSet()
+        self._shut = False
+        self._lock = threading.Lock()
+
+    def watch(self, event: str, info: Mapping) -> None:
+        """Hear of a new connection, as a request's `trace` extension tells."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            with self._lock:
+                self._streams.add(info["return_value"])
+            if self._shut:
+                self.shut()
+
+    def shut(self) -> None:
+        """Shut all there are, and those still to come."""
+        self._shut = True
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            with suppress(OSError):  # closed already
+                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)  # under TLS, which may block
+
+
+def pause(failures: int, *, backoff: float, retry_after: float | None, jitter: float) -> float:
+    """Seconds to wait after so many failures; a Retry-After of 0 gives no leave to ask without end or pause."""
+    seconds = retry_after or backoff * 2 ** (failures - 1)
+    return min(seconds * (1 + JITTER * jitter), LONGEST_WAIT)
 
 
 def write_request(
@@ -290,9 +358,9 @@ def _read_openai(answer: Mapping) -> tuple[str, str | None, dict[str, int], str 
         choice = answer["choices"][0]
         content = choice["message"].get("content")
         text = "".join(part.get("text") or "" for part in content) if isinstance(content, list) else content or ""
-        usage = answer.get("usage") or {}
+        usage = _read_usage(answer)
         tokens = {"input_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
-        return str(text), choice.get("finish_reason"), _counted(tokens), answer.get("model")
+        return str(text), _read_word(choice.get("finish_reason")), _counted(tokens), _read_word(answer.get("model"))
     except (KeyError, IndexError, TypeError, AttributeError):
         raise _Unavailable("status 200, but the JSON holds no choices[0].message", status=200) from None
 
@@ -300,23 +368,33 @@ def _read_openai(answer: Mapping) -> tuple[str, str | None, dict[str, int], str 
 def _read_anthropic(answer: Mapping) -> tuple[str, str | None, dict[str, int], str | None]:
     try:
         text = "".join(block["text"] for block in answer["content"] if block["type"] == "text")
-        reason = answer.get("stop_reason")
-        usage = answer.get("usage") or {}
-        cached = ("cache_creation_input_tokens", "cache_read_input_tokens")  # counted beside input_tokens there
-        read = usage.get("input_tokens")
-        if isinstance(read, int):
-            read += sum(usage.get(name) or 0 for name in cached)
-        tokens = {"input_tokens": read, "output_tokens": usage.get("output_tokens")}
-        return text, ANTHROPIC_FINISH.get(reason, reason), _counted(tokens), answer.get("model")
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         raise _Unavailable("status 200, but the JSON holds no content", status=200) from None
+    reason, usage = _read_word(answer.get("stop_reason")), _read_usage(answer)
+    tokens = _counted({"input_tokens": usage.get("input_tokens"), "output_tokens": usage.get("output_tokens")})
+    if "input_tokens" in tokens:  # its API counts what it caches beside these
+        cached = _counted(
+            {name: usage.get(name) for name in ("cache_creation_input_tokens", "cache_read_input_tokens")}
+        )
+        tokens["input_tokens"] += sum(cached.values())
+    return text, ANTHROPIC_FINISH.get(reason, reason), tokens, _read_word(answer.get("model"))
 
 
 _READERS = {"openai": _read_openai, "anthropic": _read_anthropic}
 
 
+def _read_word(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _read_usage(answer: Mapping) -> Mapping:
+    usage = answer.get("usage")
+    return usage if isinstance(usage, dict) else {}
+
+
 def _counted(tokens: Mapping[str, object]) -> dict[str, int]:
-    return {name: count for name, count in tokens.items() if isinstance(count, int)}
+    """Those that are counts: whole numbers, not below 0, and neither True nor False, which Python takes for 1 and 0."""
+    return {name: count for name, count in tokens.items() if type(count) is int and count >= 0}
 
 
 def _clean_url(url: str, api: Api) -> str:
@@ -367,32 +445,42 @@ def _retry_after(value: str | None) -> float | None:
     return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
-def _error_fields(text: str) -> tuple[str, str | None]:
-    """Message and parameter of an error's body: OpenAI's, Anthropic's, vLLM's and FastAPI's forms, or the text."""
-    try:
-        body = json.loads(text)
-    except json.JSONDecodeError:
-        return text, None
-    if not isinstance(body, dict):
-        return text, None
-    error = body.get("error", body)
-    if isinstance(error, dict):
-        message = error.get("message") or error.get("detail") or error
-        if isinstance(message, list):  # FastAPI's: `loc` names the field; `input` would quote the whole request
-            message = [(fault.get("loc"), fault.get("msg")) if isinstance(fault, dict) else fault for fault in message]
-        return str(message), error.get("param")
-    return str(error), None
+def _error_fields(body: object) -> tuple[str, object]:
+    """Message and parameter of an error's body: OpenAI's, Anthropic's, vLLM's, Google's and FastAPI's forms, or all."""
+    if isinstance(body, list) and body:  # Google's
+        body = body[0]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(error, dict):
+        return str(error), None
+    message = error.get("message") or error.get("detail") or error
+    if isinstance(message, list):  # FastAPI's: `loc` names the field; `input` would quote the whole request
+        message = [(fault.get("loc"), fault.get("msg")) if isinstance(fault, dict) else fault for fault in message]
+    return str(message), error.get("param")
 
 
-def _error_text(text: str) -> str:
+def _error_text(body: object) -> str:
     """The server's own words, on one line and not at length."""
-    return " ".join(_error_fields(text)[0].split())[:300] or "no reason given"
+    return " ".join(_error_fields(body)[0].split())[:300] or "no reason given"
 
 
-def _refused_parameter(text: str, parameters: Mapping[str, object]) -> str | None:
-    """The parameter of ours that an error names, if leaving it out does not change what is asked."""
-    message, named = _error_fields(text)
+def _refused_parameter(body: object, parameters: Mapping[str, object], *, api: Api) -> str | None:
+    """The parameter of ours that an error names as one, if leaving it out does not change what is asked.
+
+    A name that merely stands in the message is none: the message may quote the question.
+    """
+    message, named = _error_fields(body)
     for name in DROPPABLE:
-        if name in parameters and (named == name or (not named and re.search(rf"\b{name}\b", message))):
+        if name in parameters and (named == name or (not named and _is_named(name, message))):
             return name
-    return "max_tokens" if "max_tokens" in parameters and "max_completion_tokens" in message else None
+    # Anthropic's wants a limit. A limit that is too large ('max_tokens' or 'max_completion_tokens' …) stays what it is.
+    renamed = api == "openai" and re.search(r"\buse ['\"`]?max_completion_tokens\b", message, re.IGNORECASE)
+    return "max_tokens" if "max_tokens" in parameters and renamed else None
+
+
+def _is_named(name: str, message: str) -> bool:
+    """Whether a message names a parameter as servers do: 'seed', `seed`, "seed: Extra inputs …", "argument …: seed"."""
+    return bool(
+        re.search(rf"(['\"`]){name}\1", message)
+        or re.search(rf"^{name}: Extra inputs are not permitted", message)
+        or re.search(rf"\b(?:argument|parameter)s? [\w ]*: (?:\w+, )*{name}\b", message)
+    )

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock, Timeout
-
-from dentalgemma.evaluation.endpoints import Endpoint, EndpointError, Reply
-from dentalgemma.evaluation.files import read_text, write_whole
-from dentalgemma.evaluation.predictions import PredictionFile, progress_bar, utc_now
+from dentalgemma.evaluation.asking import ask_all
+from dentalgemma.evaluation.endpoints import LONE_SURROGATE, Endpoint, EndpointClosed, EndpointError, Reply
+from dentalgemma.evaluation.files import read_text, without_folder, write_whole
+from dentalgemma.evaluation.predictions import append_lines, check_same, progress_bar, utc_now
 from dentalgemma.evaluation.questions import EvaluationError, Question, load_questions, read_predictions
 
 if TYPE_CHECKING:
@@ -54,11 +51,7 @@ VERDICT: INCORRECT
 """
 PROMPT_SHA256 = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()
 VERDICT = re.compile(r"VERDICT: ?(CORRECT|INCORRECT)")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 VERDICTS = ("correct", "incorrect", "judge_error")
-HOPELESS = (301, 302, 303, 307, 308, 401, 403, 404)  # every other item would meet the same
-REFUSED = (400, 413, 422)  # about this item alone, such as an answer that is too long
-GIVE_UP = 20  # other failures in a row
 
 
 class Reading(NamedTuple):
@@ -69,16 +62,18 @@ class Reading(NamedTuple):
 
 
 class LocalJudge:
-    """A model in this process, asked like an `Endpoint`; it decodes greedily, one request at a time."""
+    """A model in this process, asked like an `Endpoint`; it decodes greedily, one request at a time.
+
+    `name` goes into verdicts, which are published: of a path only its last part does.
+    """
 
     api = "local"
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, name: str | None = None) -> None:
         from dentalgemma.models.loading import fingerprint_weights
 
-        self.model = f"{name or model.config._name_or_path}@{fingerprint_weights(model)}"
+        self.model = f"{without_folder(name or model.config._name_or_path)}@{fingerprint_weights(model)}"
         self._loaded = (model, processor)
-        self._lock = threading.Lock()
 
     def complete(self, messages: Sequence[Mapping], *, system: str | None = None, **parameters: object) -> Reply:
         """Answer a conversation of words; of the parameters only `max_tokens` has a meaning for greedy decoding."""
@@ -93,7 +88,7 @@ class LocalJudge:
         ]
         limit = int(parameters.get("max_tokens") or 1024)
         began = time.monotonic()
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             was_training = model.training
             model.eval()
             [answer] = write_answers(model, processor, [conversation], max_new_tokens=limit)
@@ -143,24 +138,28 @@ def judge_answers(
     if price is not None and price.keys() != {"input_per_million", "output_per_million"}:
         raise EvaluationError("a price has two parts: input_per_million and output_per_million, in US dollars")
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     items = read_answers(Path(predictions), Path(questions))
     requested = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}
     judged_by = {"model": judge.model, "api": judge.api, "prompt_sha256": PROMPT_SHA256, "requested": requested}
     written = []
-    try:
-        held = FileLock(out.with_name(f".{out.name}.lock")).acquire(timeout=0)
-    except Timeout:
-        raise EvaluationError(f"another process is judging into {out}; wait for it, or choose another file") from None
-    with held:
-        done = _read_done(out, items, judged_by)
-        left = [(item, answer) for item, answer in items if item.item_id not in done]
-        with out.open("ab", buffering=0) as file, progress_bar(progress) as bar:
-            verdicts = PredictionFile(file, done)
-            task = bar.add_task("Judging", total=len(items), completed=len(done))
-            for line in _ask_all(judge, left, judged_by, file=verdicts, cache=cache, workers=workers, price=price):
-                written.append(line)
-                bar.advance(task)
+    with append_lines(out, lambda: _read_done(out, items, judged_by)) as file, progress_bar(progress) as bar:
+        left = [(item, answer) for item, answer in items if item.item_id not in file.done]
+        task = bar.add_task("Judging", total=len(items), completed=len(file.done))
+
+        def ask(pair: tuple[Question, str]) -> EndpointError | None:
+            line, failure = _judge(judge, *pair, judged_by, cache, price)
+            file.write([line])
+            written.append(line)
+            bar.advance(task)
+            return failure
+
+        if isinstance(judge, Endpoint):
+            outcome = ask_all(ask, left, workers=workers, interrupt=judge.close)
+            if outcome.stopped_by:
+                raise EvaluationError(f"judging stopped: {outcome.stopped_by}; the same command goes on from there")
+        else:  # in this thread, where Ctrl-C ends it in the middle of an answer
+            for pair in left:
+                ask(pair)
     return _sum_up(read_verdicts(out), written, judged_by, price=price, seconds=time.monotonic() - began)
 
 
@@ -177,8 +176,10 @@ def read_verdicts(path: Path) -> dict[str, dict]:
         try:
             line = json.loads(text)
             item_id, verdict = line["item_id"], line["verdict"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise EvaluationError(f"{path}:{number}: not a verdict: a JSON object with item_id and verdict") from None
+        except (ValueError, RecursionError, KeyError, TypeError):
+            item_id = verdict = None
+        if not isinstance(item_id, str):
+            raise EvaluationError(f"{path}:{number}: not a verdict: a JSON object with item_id and verdict")
         if verdict not in VERDICTS:
             raise EvaluationError(f"{path}:{number}: verdict {verdict!r} is none of {', '.join(VERDICTS)}")
         if item_id in verdicts and verdicts[item_id]["verdict"] != "judge_error":
@@ -244,74 +245,27 @@ def read_answers(predictions: Path, questions: Path) -> list[tuple[Question, str
     return found
 
 
-def _read_done(out: Path, items: Iterable[tuple[Question, str]], judged_by: Mapping) -> set[str]:
-    """The items that `out` has a verdict of; a line that a killed run left unfinished is cut off."""
-    if not out.exists():
-        return set()
-    content = out.read_bytes()
-    complete_lines = content[: content.rfind(b"\n") + 1]
-    if len(complete_lines) < len(content):
-        with out.open("r+b") as file:
-            file.truncate(len(complete_lines))
+def _read_done(out: Path, items: Iterable[tuple[Question, str]], judged_by: Mapping) -> Collection[str]:
+    """The items that `out` has a verdict of; those it has a `judge_error` of are to be asked again."""
     asked = {item.item_id: identify(item, answer) for item, answer in items}
     verdicts = read_verdicts(out)
     for item_id, line in verdicts.items():
+        judge = line.get("judge") if isinstance(line.get("judge"), dict) else {}
         there = {name: line.get(name) for name in ("item_id", "item_hash", "answer_sha256")}
-        there |= {name: (line.get("judge") or {}).get(name) for name in judged_by}
-        here = asked.get(item_id, {"item_id": None}) | judged_by
-        changed = {name: value for name, value in there.items() if here.get(name) != value}
-        if changed:
-            wanted = {name: here.get(name) for name in changed}
-            raise EvaluationError(
-                f"{out} holds verdicts that do not belong to this run: {changed} there, {wanted} here; "
-                "choose another file, or delete it to judge again"
-            )
+        there |= {name: judge.get(name) for name in judged_by}
+        check_same(out, there, asked.get(item_id, {"item_id": None}) | judged_by, what="verdicts")
     return {item_id for item_id, line in verdicts.items() if line["verdict"] != "judge_error"}
 
 
 def identify(item: Question, answer: str) -> dict:
-    answer_sha256 = hashlib.sha256(answer.encode()).hexdigest()
-    return {"item_id": item.item_id, "item_hash": item.item_hash, "answer_sha256": answer_sha256}
-
-
-def _ask_all(
-    judge: Judge,
-    items: Sequence[tuple[Question, str]],
-    judged_by: Mapping,
-    *,
-    file: PredictionFile,
-    cache: Path | None,
-    workers: int,
-    price: Mapping[str, float] | None,
-) -> Iterator[dict]:
-    """Yield the verdict lines as they come; a worker writes its line before it asks again, so that a kill costs one.
-
-    Raises:
-        EvaluationError: when the endpoint fails for good; what was under way is still written.
-    """
-
-    def ask(item: Question, answer: str) -> tuple[dict, EndpointError | None]:
-        line, failure = _judge(judge, item, answer, judged_by, cache, price)
-        file.write([line])
-        return line, failure
-
-    executor = ThreadPoolExecutor(max_workers=workers)
-    failures = 0
-    try:
-        tasks = [executor.submit(ask, item, answer) for item, answer in items]
-        for task in as_completed(tasks):
-            line, failure = task.result()
-            yield line
-            if failure is None:
-                failures = 0
-            elif failure.status not in REFUSED:
-                failures += 1
-            if failure and (failure.status in HOPELESS or failures >= GIVE_UP):
-                executor.shutdown(wait=True, cancel_futures=True)
-                raise EvaluationError(f"judging stopped: {failure}; the same command goes on from there")
-    finally:
-        # Not waiting, for Ctrl-C: whoever closes the endpoint ends the waits of what is still under way.
-        executor.shutdown(wait=False, cancel_futures=True)
+    """What a verdict is about: the question, its reference, and the answer."""
+    answer_sha256, reference_sha256 = (hashlib.sha256(text.encode()).hexdigest() for text in (answer, item.answer))
+    return {
+        "item_id": item.item_id,
+        "item_hash": item.item_hash,
+        "answer_sha256": answer_sha256,
+        "reference_sha256": reference_sha256,
+    }
 
 
 def _judge(
@@ -334,6 +288,8 @@ def _judge(
     cached = reply is not None
     try:
         reply = reply or judge.complete(messages, **requested)
+    except EndpointClosed:  # by whoever broke the run off: no failure of the judge's
+        raise
     except EndpointError as failure:
         return line | _verdict(Reading("judge_error", str(failure)), judged_by, cost=None), failure
     reading = read_reply(reply)
@@ -392,7 +348,7 @@ def _read_cached(cache: Path | None, request: Mapping) -> Reply | None:
         reply = Reply(**entry["reply"])
         if entry["request"] == request and read_reply(reply).verdict != "judge_error":
             return reply
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
     raise EvaluationError(f"{path}: not a reply to the request of its name; delete it, and it will be asked again")
 

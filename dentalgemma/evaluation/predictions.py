@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -92,9 +92,9 @@ class PredictionFileError(EvaluationError):
 
 
 class PredictionFile:
-    """A predictions file that is open for more answers, also of several threads; `done` are the items answered."""
+    """A file of answers that is open for more, also of several threads; `done` are the items answered."""
 
-    def __init__(self, file: FileIO, done: set[str]) -> None:
+    def __init__(self, file: FileIO, done: Collection[str]) -> None:
         self.done = done
         self._file = file
         self._lock = threading.Lock()
@@ -119,17 +119,31 @@ class PredictionFile:
                     f"{self._file.name}: cannot be written: {error}; make room, then run the same command to go on"
                 ) from None
 
+    def close(self) -> None:
+        """Take no more; what another thread is writing is written first."""
+        with self._lock:
+            self._file.close()
 
-@contextmanager
-def append_predictions(out: Path, asked: Mapping[str, Mapping]) -> Iterator[PredictionFile]:
-    """Open a predictions file for answers to the items in `asked`; one process at a time may.
 
-    `asked` holds for each item what its line must say apart from the answer. A line that a killed run left unfinished
-    is cut off.
+def append_predictions(out: Path, asked: Mapping[str, Mapping]) -> AbstractContextManager[PredictionFile]:
+    """Open a predictions file for answers to the items in `asked`, which holds what their lines must say apart from
+    the answer.
 
     Raises:
-        EvaluationError: when the file holds answers of another model, mode or setting, or to other questions, and is
-            left as it is; or when another process is writing it.
+        EvaluationError: as `append_lines` does; also for answers of another model, mode or setting, or to other
+            questions.
+    """
+    return append_lines(out, lambda: _read_done(Path(out), asked))
+
+
+@contextmanager
+def append_lines(out: Path, read_done: Callable[[], Collection[str]]) -> Iterator[PredictionFile]:
+    """Open a file of JSON lines for more; one process at a time may. `read_done` tells which items it has already.
+
+    A line that a killed run left unfinished is cut off.
+
+    Raises:
+        EvaluationError: when the file holds something else, and is left as it is; or when another process writes it.
     """
     out = Path(out)
     if out.is_dir():
@@ -142,28 +156,40 @@ def append_predictions(out: Path, asked: Mapping[str, Mapping]) -> Iterator[Pred
             f"{out} is being written by another process; wait until it ends, or choose another file"
         ) from None
     with held:
-        done = _read_done(out, asked)
-        with out.open("ab", buffering=0) as file:
-            yield PredictionFile(file, done)
+        if out.exists():
+            mend_end(out)
+        done = read_done() if out.exists() else ()
+        file = out.open("a+b", buffering=0)
+        opened = PredictionFile(file, done)
+        try:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                file.write(b"\n")  # a whole line all the same
+            yield opened
+        finally:
+            opened.close()
 
 
-def _read_done(out: Path, asked: Mapping[str, Mapping]) -> set[str]:
-    """The items that `out` answers already, after what a killed run left unfinished is cut off."""
-    if not out.exists():
-        return set()
-    _mend_end(out)
+def _read_done(out: Path, asked: Mapping[str, Mapping]) -> Collection[str]:
     done = read_predictions(out)
     for item_id, line in done.items():
-        expected = asked.get(item_id, {"item_id": None})
-        recorded = {name: _recorded(line.get(name), value) for name, value in expected.items()}
-        changed = {name: value for name, value in recorded.items() if value != expected[name]}
-        if changed:
-            wanted = {name: expected[name] for name in changed}
-            raise EvaluationError(
-                f"{out} holds answers that do not belong to this run: {changed} there, {wanted} here; "
-                "choose another file, or delete it to ask again"
-            )
-    return set(done)
+        here = asked.get(item_id, {"item_id": None})
+        check_same(out, {name: _recorded(line.get(name), value) for name, value in here.items()}, here)
+    return done.keys()
+
+
+def check_same(out: Path, there: Mapping, here: Mapping, *, what: str = "answers") -> None:
+    """Refuse to go on with a file that another run wrote: `there` is what a line of it says, `here` what it must say.
+
+    Raises:
+        EvaluationError: naming what differs.
+    """
+    changed = {name: value for name, value in there.items() if value != here.get(name)}
+    if changed:
+        wanted = {name: here.get(name) for name in changed}
+        raise EvaluationError(
+            f"{out} holds {what} that do not belong to this run: {changed} there, {wanted} here; "
+            "choose another file, or delete it to begin anew"
+        )
 
 
 def _recorded(value: object, wanted: object) -> object:
@@ -173,24 +199,25 @@ def _recorded(value: object, wanted: object) -> object:
     return value
 
 
-def _mend_end(out: Path) -> None:
-    """Cut off a last line that was not written to its end; a whole one without line break gets it."""
+def mend_end(out: Path) -> None:
+    """Cut off a last line that was not written to its end.
+
+    Raises:
+        EvaluationError: when the file is none of ours, which is left as it is.
+    """
     content = out.read_bytes()
     end = content.rfind(b"\n") + 1
     torn = content[end:]
     if not torn.strip():
         return
-    try:
+    with suppress(ValueError, RecursionError):  # a character cut in two is a ValueError as well
         json.loads(torn)
-    except ValueError:  # a character cut in two is one as well
-        if not torn.startswith(LINE_START[: len(torn)]):
-            raise EvaluationError(
-                f"{out} ends in something else than a prediction; it is left as it is: choose another file"
-            ) from None
-        os.truncate(out, end)
-    else:
-        with out.open("ab") as file:
-            file.write(b"\n")
+        return
+    if any(not found.startswith(LINE_START[: len(found)]) for found in (content, torn)):
+        raise EvaluationError(
+            f"{out} ends in something else than a line of an earlier run; it is left as it is: choose another file"
+        )
+    os.truncate(out, end)
 
 
 def progress_bar(shown: bool) -> Progress:

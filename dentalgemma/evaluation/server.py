@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
 from data_builders.chat import SYSTEM_PROMPT
 from data_builders.images import STORED_AS_IT_IS, ImageError, read_stored
-from dentalgemma.evaluation.endpoints import Endpoint, EndpointError, Reply
+from dentalgemma.evaluation.asking import Outcome, ask_all
+from dentalgemma.evaluation.endpoints import Endpoint, Reply
 from dentalgemma.evaluation.predictions import (
     Arm,
-    PredictionFileError,
     append_predictions,
     choose_images,
     identify,
@@ -30,10 +26,6 @@ from dentalgemma.evaluation.predictions import (
 from dentalgemma.evaluation.questions import EvaluationError, Mode, Question, put_question
 
 AS_THE_FILE_IS = ("L", "RGB")  # pixels that every reader takes for the same; palettes and transparency are not
-REFUSED = (400, 413, 422)  # statuses that are about one request
-HOPELESS = (401, 403, 404)  # statuses that are about all of them
-GIVE_UP_AFTER = 10  # failures in a row that are about none: the server is gone
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def ask_server(
@@ -90,59 +82,21 @@ def ask_server(
         task = bar.add_task(f"Asking {settings['model']}, {images} images", total=len(items), completed=len(file.done))
         warm_up = {item.item_id for item in left[:workers]}  # the first one of each worker
 
-        def ask(item: Question) -> None:
+        def ask(item: Question) -> EvaluationError | None:
             known = asked[item.item_id]
-            system, messages = write_messages(item, shown[item.item_id], images=images, system_prompt=system_prompt)
-            reply = endpoint.complete(messages, system=system, **known["generation"])
+            try:
+                system, messages = write_messages(item, shown[item.item_id], images=images, system_prompt=system_prompt)
+                reply = endpoint.complete(messages, system=system, **known["generation"])
+            except EvaluationError as failure:
+                return failure
             circumstances = {"warm_up": item.item_id in warm_up, "batch_size": None, "hardware": hardware}
             file.write([_compose_line(known, reply, workers=workers) | circumstances])
             bar.advance(task)
+            return None
 
-        failures, unasked = _ask_all(ask, left, workers=workers, interrupt=endpoint.close)
-    if failures:
-        raise _explain(out, failures, unasked=unasked)
-
-
-class Outcome(NamedTuple):
-    """What failed, by item, and how many items were not asked since others would have failed as well."""
-
-    failures: dict[str, EvaluationError]
-    unasked: int
-
-
-def _ask_all(
-    ask: Callable[[Question], None], items: Sequence[Question], *, workers: int, interrupt: Callable[[], None]
-) -> Outcome:
-    """Ask and write all items; a worker takes the next one when its answer is written, so that a kill costs one each.
-
-    `interrupt` ends the waits of what is under way, when the run is broken off: leaving the pool waits for them.
-
-    Raises:
-        PredictionFileError: when an answer cannot be written.
-    """
-    stopped = threading.Event()
-    failures: dict[str, EvaluationError] = {}
-    unasked = in_a_row = 0
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            waiting = {pool.submit(lambda item: stopped.is_set() or ask(item), item): item for item in items}
-            for future in as_completed(waiting):
-                try:
-                    unasked += future.result() is True
-                except PredictionFileError:
-                    raise
-                except EvaluationError as error:
-                    failures[waiting[future].item_id] = error
-                    in_a_row += _is_about_the_server(error)
-                    if getattr(error, "status", None) in HOPELESS or in_a_row >= GIVE_UP_AFTER:
-                        stopped.set()
-                else:
-                    in_a_row = 0
-        except BaseException:
-            stopped.set()
-            interrupt()
-            raise
-    return Outcome(failures, unasked)
+        outcome = ask_all(ask, left, workers=workers, interrupt=endpoint.close)
+    if outcome.failures:
+        raise _explain(out, outcome)
 
 
 def write_messages(
@@ -167,6 +121,7 @@ def _write_url(shown: Question, picture: Image.Image, *, images: Arm) -> str:
         with suppress(ImageError):
             stored = read_stored(shown.image)
             return _data_url(stored.content, kind="jpeg" if stored.suffix == ".jpg" else "png")
+    picture.info.clear()  # Pillow would write a colour profile that is in there
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return _data_url(buffer.getvalue(), kind="png")
@@ -193,7 +148,7 @@ def _compose_line(known: Mapping, reply: Reply, *, workers: int) -> dict:
     }
     return {
         **known,
-        "output": LONE_SURROGATE.sub("\ufffd", reply.text),  # half a character, which no UTF-8 file can hold
+        "output": reply.text,
         "finish_reason": reply.finish_reason,
         "latency_ms": round(reply.seconds * 1000, 3) if reply.attempts == 1 else None,
         "answered_at": utc_now(),
@@ -201,16 +156,12 @@ def _compose_line(known: Mapping, reply: Reply, *, workers: int) -> dict:
     }
 
 
-def _is_about_the_server(error: EvaluationError) -> bool:
-    """Whether other items would fail as well; a picture that cannot be opened, or is too large, concerns its own."""
-    return isinstance(error, EndpointError) and error.status not in REFUSED
-
-
-def _explain(out: Path, failures: Mapping[str, EvaluationError], *, unasked: int) -> EvaluationError:
-    item_id, error = next(iter(failures.items()))
-    named = ", ".join(list(failures)[:10]) + (", …" if len(failures) > 10 else "")
+def _explain(out: Path, outcome: Outcome) -> EvaluationError:
+    failed, unasked = outcome.failures, outcome.unasked
+    item, error = failed[0]
+    named = ", ".join(item.item_id for item, _ in failed[:10]) + (", …" if len(failed) > 10 else "")
     left = f"; {unasked} were not asked, since they would fail as well" if unasked else ""
     return EvaluationError(
-        f"{out}: {len(failures) + unasked} items have no answer; the request failed for {named}{left}; "
-        f"{item_id}: {error}; all answers are saved, and the same command asks only for what is missing"
+        f"{out}: {len(failed) + unasked} items have no answer; the request failed for {named}{left}; "
+        f"{item.item_id}: {error}; all answers are saved, and the same command asks only for what is missing"
     )

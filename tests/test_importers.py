@@ -1,6 +1,9 @@
 """Logs of other harnesses score as our own predictions do; tests/data/imports/README.md says who made them."""
 
+import cProfile
+import csv
 import json
+import pstats
 import random
 import shutil
 import zipfile
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dentalgemma.evaluation import spreadsheets
 from dentalgemma.evaluation.extraction import extract
 from dentalgemma.evaluation.importers import import_predictions
 from dentalgemma.evaluation.questions import EvaluationError, load_questions, read_predictions
@@ -367,30 +371,199 @@ def test_half_a_character_in_an_answer_can_still_be_written(tmp_path):
     assert read_predictions(tmp_path / "out.jsonl")["1"]["output"] == "A�"
 
 
+MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+SHARED = f'<Relationship Id="t" Type="{OFFICE}/sharedStrings" Target="/xl/sharedStrings.xml"/>'
+
+
+def _write_xlsx(path: Path, sheet: str | bytes, shared: str | None = None, **parts: str) -> Path:
+    """A workbook of one sheet with these rows, or with a whole document; `parts` replace those of the same stem."""
+    if isinstance(sheet, str) and not sheet.startswith("<!"):
+        sheet = f'<worksheet xmlns="{MAIN}"><sheetData>{sheet}</sheetData></worksheet>'
+    workbook = f'<workbook xmlns="{MAIN}" xmlns:r="{OFFICE}"><sheets><sheet name="a" r:id="r1"/></sheets></workbook>'
+    relation = f'<Relationship Id="r1" Type="{OFFICE}/worksheet" Target="worksheets/sheet1.xml"/>'
+    content = {
+        "xl/workbook.xml": parts.get("workbook", workbook),
+        "xl/_rels/workbook.xml.rels": f"<Relationships>{parts.get('relations', relation)}{SHARED}</Relationships>",
+        "xl/worksheets/sheet1.xml": sheet,
+        "xl/sharedStrings.xml": f'<sst xmlns="{MAIN}">{shared or ""}</sst>',
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in content.items():
+            archive.writestr(name, text)
+        if "second" in parts:
+            archive.writestr("xl/worksheets/sheet2.xml", parts["second"])
+    return path
+
+
 def test_a_spreadsheet_is_read_as_texts(tmp_path):
     """Cells of every kind, as Office Open XML (ECMA-376, part 1, 18.3.1.4 and 18.4) describes them."""
-    sheet = (
-        '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData><row>'
-        '<c r="A1" t="s"><v>0</v></c><c r="C1"><v>7.10</v></c><c r="D1" t="inlineStr"><is><t> nan </t></is></c>'
+    row = (
+        '<row><c r="A1" t="s"><v>0</v></c><c r="C1"><v>7.10</v></c><c r="D1" t="inlineStr"><is><t> nan </t></is></c>'
         '<c r="E1" t="b"><v>1</v></c><c r="F1"><f>2+3</f></c><c r="AA1" t="s"><v>1</v></c></row>'
-        "</sheetData></worksheet>"
     )
     shared = (
-        '<sst xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><si><r><t>tooth </t></r>'
-        "<r><t>18</t></r><rPh><t>never read</t></rPh></si><si><t>a_x000D_b_x005F_x000D_</t></si></sst>"
+        "<si><r><t>tooth </t></r><r><t>18</t></r><rPh><t>never read</t></rPh></si>"
+        "<si><t>a_x000D_b_x005F_x000D_</t></si>"
     )
-    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
-        archive.writestr("xl/worksheets/sheet1.xml", sheet)
-        archive.writestr("xl/sharedStrings.xml", shared)
 
-    (row,) = read_first_sheet(tmp_path / "a.xlsx")
+    (cells,) = read_first_sheet(_write_xlsx(tmp_path / "a.xlsx", row, shared))
 
-    assert row == ["tooth 18", "", "7.10", " nan ", "1", "=2+3", *[""] * 20, "a\rb_x000D_"]
+    assert cells == ["tooth 18", "", "7.10", " nan ", "1", "=2+3", *[""] * 20, "a\rb_x000D_"]
 
 
-def test_a_spreadsheet_that_declares_entities_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
-        archive.writestr("xl/worksheets/sheet1.xml", '<!DOCTYPE x [<!ENTITY a "b">]><x>&a;</x>')
+def test_cells_and_rows_stand_where_they_say(tmp_path):
+    rows = (
+        '<row r="4"><c r="C4"><v>3</v></c><c r="A4"><v>1</v></c><c><v>2</v></c></row><row r="2"><c><v>0</v></c></row>'
+    )
 
-    with pytest.raises(EvaluationError, match="declares entities"):
-        read_first_sheet(tmp_path / "a.xlsx")
+    assert read_first_sheet(_write_xlsx(tmp_path / "a.xlsx", rows)) == [[], ["0"], [], ["1", "2", "3"]]
+
+
+def test_an_empty_row_before_the_names_and_between_answers_is_no_row(tmp_path):
+    cells = [(3, HEADER.split("\t")), (5, ROW.split("\t")), (7, ["foo"] * 8)]
+    rows = [f'<row r="{number}">{"".join(f"<c><v>{cell}</v></c>" for cell in row)}</row>' for number, row in cells]
+    log = _write_xlsx(tmp_path / "m_x.xlsx", "".join(rows))
+    questions = _write_lines(tmp_path / "questions.jsonl", [_question("1")])
+
+    with pytest.raises(EvaluationError, match="row 7 has 8 cells under 7 names"):
+        import_predictions(log, questions, tmp_path / "out.jsonl")
+    log = _write_xlsx(tmp_path / "m_x.xlsx", "".join(rows[:2]))
+    assert import_predictions(log, questions, tmp_path / "out.jsonl")["imported"] == 1
+
+
+def test_the_first_sheet_is_the_first_of_the_workbook_and_not_of_the_folder(tmp_path):
+    sheets = "".join(f'<sheet name="{name}" r:id="{name}"/>' for name in ("chart", "shown", "other"))
+    log = _write_xlsx(
+        tmp_path / "a.xlsx",
+        "<row><c><v>wrong</v></c></row>",
+        workbook=f'<workbook xmlns="{MAIN}" xmlns:r="{OFFICE}"><sheets>{sheets}</sheets></workbook>',
+        relations=f'<Relationship Id="other" Type="{OFFICE}/worksheet" Target="worksheets/sheet1.xml"/>'
+        f'<Relationship Id="chart" Type="{OFFICE}/chartsheet" Target="chartsheets/sheet1.xml"/>'
+        f'<Relationship Id="shown" Type="{OFFICE}/worksheet" Target="worksheets/sheet2.xml"/>',
+        second=f'<worksheet xmlns="{MAIN}"><sheetData><row><c><v>right</v></c></row></sheetData></worksheet>',
+    )
+
+    assert read_first_sheet(log) == [["right"]]
+
+
+DOCTYPE = '<!DOCTYPE x [<!ENTITY a "b">]><worksheet><row><c><v>&a;</v></c></row></worksheet>'
+
+
+@pytest.mark.parametrize(
+    ("sheet", "message"),
+    [
+        pytest.param(DOCTYPE.encode("utf-8"), "declares entities", id="entities"),
+        pytest.param(DOCTYPE.encode("utf-16"), "declares entities", id="entities in UTF-16"),
+        pytest.param('<row><c r="AAAAAAA1"/></row>', "AAAAAAA1 is no cell of row 1", id="a column of gigabytes"),
+        pytest.param('<row><c r="XFE1"/></row>', "beyond the last one, XFD", id="XFE"),
+        pytest.param('<row r="1048577"/>', "row 1048577 .* none of 1048576", id="row beyond the last"),
+        pytest.param('<row><c r="A2"/></row>', "A2 is no cell of row 1", id="cell of another row"),
+        pytest.param('<row><c r="B1"/><c r="B1"/></row>', "column 2 of row 1 comes twice", id="cell twice"),
+        pytest.param('<row r="3"/><row r="3"/>', "row 3 comes twice", id="row twice"),
+        pytest.param('<row><c t="s"><v>-1</v></c></row>', "'-1' is no number of a shared text", id="text from the end"),
+        pytest.param('<row><c t="s"><v>9</v></c></row>', "cannot be read as a spreadsheet", id="no such text"),
+        pytest.param("".join(f'<row><c r="XFD{n}"/></row>' for n in range(1, 1026)), "more than 16777216", id="gaps"),
+    ],
+)
+def test_a_hostile_spreadsheet_is_refused(sheet, message, tmp_path):
+    with pytest.raises(EvaluationError, match=message):
+        read_first_sheet(_write_xlsx(tmp_path / "a.xlsx", sheet))
+
+
+def test_the_last_cell_of_a_spreadsheet_is_read(tmp_path):
+    table = read_first_sheet(_write_xlsx(tmp_path / "a.xlsx", '<row r="1048576"><c r="XFD1048576"><v>1</v></c></row>'))
+
+    assert (len(table), len(table[-1]), table[-1][-1]) == (1_048_576, 16_384, "1")
+
+
+@pytest.mark.parametrize(
+    ("sheet", "message"),
+    [
+        pytest.param(" " * 2**20, "sheet1.xml unpacks to more than 1000000 bytes", id="too long"),
+        pytest.param(f"<row>{'<c/>' * 1000}</row>", "one <row> holds more than 1000 elements", id="an endless row"),
+        pytest.param("<row/>" * 3000, "sheet1.xml holds more than 2000 <row>", id="rows without end"),
+    ],
+)
+def test_a_spreadsheet_is_read_up_to_its_limits(sheet, message, monkeypatch, tmp_path):
+    for name, limit in {"LARGEST": 1_000_000, "MOST_IN_ONE": 1000, "MOST": 2000}.items():
+        monkeypatch.setattr(spreadsheets, name, limit)
+
+    with pytest.raises(EvaluationError, match=message):
+        read_first_sheet(_write_xlsx(tmp_path / "a.xlsx", sheet))
+
+
+@pytest.mark.parametrize(
+    ("packing", "size", "message"),
+    [
+        pytest.param(zipfile.ZIP_DEFLATED, 2**28 + 1, "unpacks to more than 268435456 bytes", id="too long"),
+        pytest.param(zipfile.ZIP_BZIP2, 2**10, "packed in a way that inspect does not use", id="bzip2"),
+    ],
+)
+def test_a_log_that_unpacks_to_more_than_a_sample_needs_is_refused(packing, size, message, tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.eval", "w") as archive:
+        archive.writestr("header.json", '{"eval": {"model": "m"}}')
+        archive.writestr("samples/1_epoch_1.json", b" " * size, packing, 1)
+    questions = _write_lines(tmp_path / "questions.jsonl", [_question("1")])
+
+    with pytest.raises(EvaluationError, match=message):
+        import_predictions(tmp_path / "m.eval", questions, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("answer", [["A"], {"letter": "A"}, True], ids=["list", "object", "true"])
+def test_an_answer_that_is_no_text_is_refused(answer, tmp_path):
+    record = {"index": 1, "question": "Which tooth is missing?", **_question("1")["options"]}
+    (tmp_path / "m_x.json").write_text(json.dumps([record | {"prediction": "A"}, record | {"prediction": answer}]))
+    sample = {"doc_id": 0, "doc": {"item_id": "1", "question": "Which tooth is missing?"}, "arguments": [["x", {}]]}
+    _write_lines(tmp_path / "s.jsonl", [sample | {"resps": [["A", answer]]}])
+    message = {"output": {"choices": [{"message": {"content": answer}}]}}
+    log = {"eval": {"model": "m"}, "samples": [{"id": "1", "input": "Which tooth is missing?", **message}]}
+    (tmp_path / "m.json").write_text(json.dumps(log))
+    questions = _write_lines(tmp_path / "questions.jsonl", [_question("1")])
+
+    logs = {"m_x.json": "record 2", "s.jsonl": "s.jsonl:1"}
+    for name, where in logs.items() if isinstance(answer, list) else [*logs.items(), ("m.json", "sample 1")]:
+        with pytest.raises(EvaluationError, match=rf"{where}: the answer is of the type {type(answer).__name__}"):
+            import_predictions(tmp_path / name, questions, tmp_path / "out.jsonl", model="m")
+
+
+def test_a_text_where_a_list_of_answers_belongs_is_not_read_letter_by_letter(tmp_path):
+    sample = {"doc_id": 0, "doc": {"item_id": "1"}, "arguments": [["Which tooth is missing?", {}]], "resps": ["ABC"]}
+    questions = _write_lines(tmp_path / "questions.jsonl", [_question("1")])
+
+    with pytest.raises(EvaluationError, match="a list of answers for every request"):
+        import_predictions(_write_lines(tmp_path / "s.jsonl", [sample]), questions, tmp_path / "out.jsonl", epoch=1)
+
+
+def test_reading_a_table_leaves_the_csv_modules_limit_as_it_was(tmp_path):
+    usual = csv.field_size_limit()
+    questions = _write_lines(tmp_path / "questions.jsonl", [_question("1")])
+    log = _write_tsv(tmp_path / "m_x.tsv", f"{HEADER}\timage", f"{ROW}\t{'x' * (usual + 1)}")
+
+    assert import_predictions(log, questions, tmp_path / "out.jsonl")["imported"] == 1
+    assert csv.field_size_limit() == usual
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["many questions", "one question"])
+def test_matching_by_words_does_not_read_every_question_again_for_every_answer(same, tmp_path):
+    """Calls are counted, not seconds: four times the rows may take some more than four times the calls."""
+    calls = []
+    for size in (50, 200):
+        items, rows = [], []
+        for number in range(size):
+            text = "What is seen here?" if same else f"What is seen in region {number:03}?"
+            item = _question(f"m/{number}", text, f"a{number:03} b{number:03} c{number:03} d{number:03}")
+            listed = " ".join(f"{letter}: {option};" for letter, option in item["options"].items())
+            items.append(item)
+            rows.append({"doc_id": number, "arguments": [[f"Look. {text} {listed}", {}]], "resps": [["A"]]})
+        questions = _write_lines(tmp_path / f"{size}.jsonl", items)
+        log = _write_lines(tmp_path / f"s{size}.jsonl", rows)
+        profile = cProfile.Profile(builtins=False)
+        counts = profile.runcall(
+            import_predictions, log, questions, tmp_path / f"out{size}", model="m", match="question"
+        )
+        assert counts["imported"] == size
+        stats = pstats.Stats(profile).stats
+        calls.append(sum(own[1] for (_, _, name), own in stats.items() if name in ("_squash", "search")))
+
+    assert calls[1] < 5 * calls[0]

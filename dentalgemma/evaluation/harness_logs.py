@@ -23,9 +23,10 @@ import pyarrow as pa
 
 from dentalgemma.evaluation.files import read_text
 from dentalgemma.evaluation.questions import EvaluationError
-from dentalgemma.evaluation.spreadsheets import read_first_sheet
+from dentalgemma.evaluation.spreadsheets import LARGEST, read_first_sheet
 
 ZIP_ZSTD = 93  # inspect's compression, which zipfile reads from Python 3.14 on
+UNPACKED_BY_ZIPFILE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 SHUFFLED = "Choices were shuffled before generating a response"  # inspect_ai.scorer.choice says so in its explanation
 REQUEST_FAILED = "Failed to obtain answer"  # VLMEvalKit writes it in place of an answer
 ID_COLUMNS = ("item_id", "index", "id", "question_id", "qid")
@@ -98,18 +99,19 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if suffix == ".xlsx":
         table = read_first_sheet(path)
     else:
-        csv.field_size_limit(2**31 - 1)  # a column of images is longer than the default allows
+        usual = csv.field_size_limit(2**31 - 1)  # a column of images is longer than the default allows
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 table = list(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise EvaluationError(f"{path}: cannot be read: {error}") from None
-    header, *rows = table or [[]]
+        finally:
+            csv.field_size_limit(usual)  # it is the whole process's
+    filled = [(number, row) for number, row in enumerate(table, start=1) if any(row)]
+    (_, header), *rows = filled or [(1, [])]
     if len(set(header)) < len(header):
         raise EvaluationError(f"{path}: a column's name comes twice among {', '.join(header)}")
-    for number, row in enumerate(rows, start=2):
-        if not any(row):
-            continue
+    for number, row in rows:
         if len(row) > len(header) or (suffix != ".xlsx" and len(row) < len(header)):
             raise EvaluationError(f"{path}: row {number} has {len(row)} cells under {len(header)} names")
         yield f"{path}: row {number}", dict(zip(header, [*row, *[""] * (len(header) - len(row))], strict=True))
@@ -124,7 +126,9 @@ def _read_records(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise EvaluationError(f"{path}: expected a list of records, each with a `prediction`")
     names = dict.fromkeys(name for record in records for name in record)
     for number, record in enumerate(records, start=1):
-        yield f"{path}: record {number}", {name: _text(record.get(name)) for name in names}
+        where = f"{path}: record {number}"
+        answer = {"prediction": _answer_text(record.get("prediction"), where)} if "prediction" in names else {}
+        yield where, {name: _text(record.get(name)) for name in names} | answer
 
 
 def _model_in_name(path: Path) -> str | None:
@@ -159,6 +163,8 @@ def _lm_eval_answers(where: str, sample: Mapping) -> Iterator[LogAnswer]:
     requests = [list(call.values()) for call in arguments.values()] if isinstance(arguments, dict) else arguments
     if not requests or not isinstance(resps, list) or len(resps) != len(requests):
         raise EvaluationError(f"{where}: expected `arguments` and as many `resps`; log with --log_samples")
+    if not all(isinstance(answers, list) and answers for answers in resps):
+        raise EvaluationError(f"{where}: expected in `resps` a list of answers for every request")
     doc = sample["doc"] if isinstance(sample.get("doc"), dict) else {}
     prompt = str(requests[0][0])
     about = {
@@ -219,7 +225,7 @@ def _lmms_eval_answers(where: str, sample: Mapping) -> Iterator[LogAnswer]:
 
 def _repeats(where: str, outputs: Sequence[str], about: Mapping) -> Iterator[LogAnswer]:
     for number, output in enumerate(outputs, start=1):
-        yield LogAnswer(where, _text(output), epoch=number if len(outputs) > 1 else None, **about)
+        yield LogAnswer(where, _answer_text(output, where), epoch=number if len(outputs) > 1 else None, **about)
 
 
 def _harness_model(results: Mapping, path: Path) -> str | None:
@@ -273,6 +279,8 @@ def _inspect_answer(where: str, sample: Mapping, spec: Mapping, *, shuffles: boo
         output = _written(where, sample, spec)
     choice = next(iter(output.get("choices") or []), {})
     content = (choice.get("message") or {}).get("content")
+    if not isinstance(content, list):
+        content = _answer_text(content, where)
     thoughts = (
         [part.get("reasoning") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     )
@@ -350,8 +358,13 @@ def _read_members(path: Path, names: Sequence[str]) -> Iterator[dict]:
 
 
 def _decompress(archive: zipfile.ZipFile, file: IO[bytes], info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > LARGEST:
+        raise zipfile.BadZipFile(f"{info.filename} unpacks to more than {LARGEST} bytes")
+    if info.compress_type in UNPACKED_BY_ZIPFILE:
+        with archive.open(info) as member:
+            return member.read(LARGEST)  # with a number, since read() unpacks all before it looks at the size
     if info.compress_type != ZIP_ZSTD:
-        return archive.read(info)
+        raise zipfile.BadZipFile(f"{info.filename} is packed in a way that inspect does not use")
     file.seek(info.header_offset)
     name_length, extra_length = struct.unpack("<26x2H", file.read(30))
     file.seek(name_length + extra_length, 1)
@@ -396,6 +409,15 @@ def _content_text(content: object, attachments: Mapping[str, str]) -> str:
 
 def _text(value: object) -> str:
     return "" if value is None or value != value else str(value)
+
+
+def _answer_text(value: object, where: str) -> str:
+    """What a model wrote; how another language would write a list or a yes is nothing that it wrote."""
+    if isinstance(value, (bool, list, dict)):
+        raise EvaluationError(
+            f"{where}: the answer is of the type {type(value).__name__}; put the text that the model wrote in its place"
+        )
+    return _text(value)
 
 
 def _number(value: object, where: str) -> float:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dentalgemma.evaluation.files import write_whole
 from dentalgemma.evaluation.harness_logs import (
@@ -69,7 +69,7 @@ def import_predictions(
         name = _find_format(path) if format == "auto" else format
         read = _read_log(path, name)
         answers += len(read.answers)
-        pairs, strangers = _match(path, read.answers, items, match)
+        pairs, strangers = _match(read.answers, items, match)
         foreign += strangers
         common = _describe(path, name, read, model)
         for item, answer in _choose_epoch(pairs, epoch):
@@ -161,27 +161,42 @@ def _describe(path: Path, name: str, log: Log, model: str | None) -> dict:
 
 
 def _match(
-    path: Path, answers: Sequence[LogAnswer], items: Sequence[Question], match: Match
+    answers: Sequence[LogAnswer], items: Sequence[Question], match: Match
 ) -> tuple[list[tuple[Question, LogAnswer]], list[str]]:
     """Answers with their questions, and the names of answers that have none."""
     if match not in Match.__args__:
         raise EvaluationError(f"no match {match!r}; choose {', '.join(Match.__args__)}")
+    words = [_read_words(item) for item in items]
     if match != "question":
         try:
-            pairs, foreign = _match_by_index(answers, items)
+            pairs, foreign = _match_by_index(answers, words)
         except EvaluationError:
             if match == "index":
                 raise
         else:
             if pairs or match == "index":
                 return pairs, foreign
-    return _match_by_question(answers, items)
+    return _match_by_question(answers, words)
+
+
+class _Words(NamedTuple):
+    """A question, and its texts with all blanks alike; an empty option is left out."""
+
+    item: Question
+    question: str
+    options: dict[str, str]
+    texts: frozenset[str]
+
+
+def _read_words(item: Question) -> _Words:
+    options = {letter: text for letter, option in item.options.items() if (text := _squash(option))}
+    return _Words(item, _squash(item.question), options, frozenset(options.values()))
 
 
 def _match_by_index(
-    answers: Sequence[LogAnswer], items: Sequence[Question]
+    answers: Sequence[LogAnswer], words: Sequence[_Words]
 ) -> tuple[list[tuple[Question, LogAnswer]], list[str]]:
-    by_id = {item.item_id: item for item in items}
+    by_id = {own.item.item_id: own for own in words}
     pairs, foreign = [], []
     for answer in answers:
         if answer.index is not None:
@@ -189,61 +204,70 @@ def _match_by_index(
             candidates = [by_id[name] for name in names if name in by_id]
         else:
             place = answer.position if answer.position is not None else -1
-            candidates = list(items[place : place + 1]) if place >= 0 else []
+            candidates = words[place : place + 1] if place >= 0 else []
         # A place in a data set says something only if the words there are the same.
-        fitting = [item for item in candidates if _agree(item, answer) and _told(answer)]
+        fitting = _find_fitting(answer, candidates)
         if candidates and not fitting:
             raise EvaluationError(
-                f"{answer.where} asks something else than item {candidates[0].item_id}: other words or other options; "
-                "match by question if the log counts its items otherwise"
+                f"{answer.where} asks something else than item {candidates[0].item.item_id}: other words or other "
+                "options; match by question if the log counts its items otherwise"
             )
         if len(fitting) > 1:
-            raise EvaluationError(f"{answer.where} may be item {fitting[0].item_id} or {fitting[1].item_id}")
-        pairs += [(item, answer) for item in fitting]
+            raise EvaluationError(f"{answer.where} may be item {fitting[0].item.item_id} or {fitting[1].item.item_id}")
+        pairs += [(own.item, answer) for own in fitting]
         foreign += [] if fitting else [_name(answer)]
     return pairs, foreign
 
 
 def _match_by_question(
-    answers: Sequence[LogAnswer], items: Sequence[Question]
+    answers: Sequence[LogAnswer], words: Sequence[_Words]
 ) -> tuple[list[tuple[Question, LogAnswer]], list[str]]:
     """By the words of question and options; where only the prompt is known, by the longest question in it."""
-    by_words: dict[str, list[Question]] = defaultdict(list)
-    for item in items:
-        by_words[_squash(item.question)].append(item)
+    by_question: dict[str, list[_Words]] = defaultdict(list)
+    for own in words:
+        by_question[own.question].append(own)
+    longest_first = sorted(by_question, key=len, reverse=True)
     pairs, foreign = [], []
     for answer in answers:
-        found = by_words.get(_squash(answer.question), []) if answer.question else []
-        fitting = [item for item in found or items if _agree(item, answer)] if _told(answer) else []
-        longest = max((len(_squash(item.question)) for item in fitting), default=0)
-        fitting = [item for item in fitting if len(_squash(item.question)) == longest]
+        asked = _squash(answer.question or answer.prompt or "")
+        same = [asked] if answer.question and asked in by_question else longest_first
+        fitting: list[_Words] = []
+        for question in same:
+            if fitting and len(question) < len(fitting[0].question):
+                break
+            if question in asked or not asked:
+                fitting += _find_fitting(answer, by_question[question])
         if len(fitting) > 1:
             raise EvaluationError(
-                f"{answer.where} may be item {fitting[0].item_id} or {fitting[1].item_id}: both ask in the same words; "
-                "only a log that holds the items' ids can tell them apart (match by index)"
+                f"{answer.where} may be item {fitting[0].item.item_id} or {fitting[1].item.item_id}: both ask in the "
+                "same words; only a log that holds the items' ids can tell them apart (match by index)"
             )
-        pairs += [(item, answer) for item in fitting]
+        pairs += [(own.item, answer) for own in fitting]
         foreign += [] if fitting else [_name(answer)]
     return pairs, foreign
 
 
-def _told(answer: LogAnswer) -> bool:
-    """Whether the log says what was asked, or at least the item's own id."""
-    return bool(answer.question or answer.prompt or answer.index)
+def _find_fitting(answer: LogAnswer, candidates: Sequence[_Words]) -> list[_Words]:
+    """The questions that the answer may be one to: their words occur, and no option is another's.
 
-
-def _agree(item: Question, answer: LogAnswer) -> bool:
-    """Whether the answer may be one to this question: its words occur, and no option is another's."""
+    None, where the log says neither what was asked nor the item's own id.
+    """
+    if not (answer.question or answer.prompt or answer.index):
+        return []
     asked = _squash(answer.question or answer.prompt or "")
-    if asked and _squash(item.question) not in asked:
-        return False
-    own = {letter: text for letter, option in item.options.items() if (text := _squash(option))}
+    candidates = [own for own in candidates if own.question in asked or not asked]
     if answer.options is not None:
         shown = {_squash(text) for text in answer.options.values()} - {""}
-        return bool(shown) == bool(own) and shown <= set(own.values())
+        return [own for own in candidates if bool(shown) == bool(own.texts) and shown <= own.texts]
     # Options that were found nowhere as a list: each has to stand behind its own letter.
-    labelled = (rf"(?<!\w){letter}\W{{1,4}}{re.escape(text)}" for letter, text in own.items())
-    return not asked or all(re.search(label, asked) for label in labelled)
+    return [own for own in candidates if not asked or _lists_options(own, asked)]
+
+
+def _lists_options(own: _Words, asked: str) -> bool:
+    if any(text not in asked for text in own.texts):  # said for nearly all, and faster than patterns
+        return False
+    labelled = (rf"(?<!\w){letter}\W{{1,4}}{re.escape(text)}" for letter, text in own.options.items())
+    return all(re.search(label, asked) for label in labelled)
 
 
 def _choose_epoch(pairs: Sequence[tuple[Question, LogAnswer]], epoch: int | None) -> list[tuple[Question, LogAnswer]]:

@@ -19,7 +19,10 @@ CATEGORIES = ("Teeth", "Patho")
 
 @pytest.fixture
 def runs(tmp_path):
-    """Answers to 100 questions, the first half of category Teeth; each run is given by the numbers it gets wrong."""
+    """Answers to 100 questions, the first half of category Teeth; each run is given by the numbers it gets wrong.
+
+    `n` takes the first of them only, and `n_open` adds open ones.
+    """
     items = [
         {
             "item_id": f"{number:03}",
@@ -32,13 +35,14 @@ def runs(tmp_path):
         for number in range(100)
     ]
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps(item) + "\n" for item in items))
 
-    def make(**wrong):
+    def make(n=100, n_open=0, **wrong):
+        asked = items[:n] + [{"item_id": f"o{i}", "question": "What?", "answer": "Caries."} for i in range(n_open)]
+        questions.write_text("".join(json.dumps(item) + "\n" for item in asked))
         made = []
         for name, numbers in wrong.items():
             lines = []
-            for number, item in enumerate(items):
+            for number, item in enumerate(asked):
                 letter = "B" if number in numbers else "A"
                 lines.append({"item_id": item["item_id"], "output": letter, "mode": "generate", "model": name})
             path = tmp_path / f"{name}.jsonl"
@@ -108,6 +112,68 @@ def test_runs_that_cannot_be_told_apart_or_are_too_few_are_refused(runs):
             gate_runs(wrong)
     with pytest.raises(EvaluationError, match="a share"):
         gate_runs(runs(base=set(), vqa=set()), margin=2)
+
+
+def test_a_gate_says_from_which_loss_on_it_can_fail(runs):
+    """Six of 75 lost and none gained have p = 2 / 2**6; five have p = 0.0625."""
+    gate = gate_runs(runs(n=75, base=set(), vqa=set()))
+
+    assert gate["detectable"] == {"items": 6, "points": 0.08, "at_80_percent_power": None}
+    assert "With 75 questions a loss of 8 points can at best be seen" in format_gate(gate)
+
+
+def test_a_margin_is_part_of_the_loss_that_can_be_seen(runs):
+    gate = gate_runs(runs(base=set(), vqa=set()), margin=0.29)  # 0.29 * 100 is less than 29 in floats
+
+    assert gate["detectable"]["items"] == 30
+
+
+def test_a_gate_says_which_true_loss_it_mostly_finds(runs):
+    """About (1.96 + 0.84) * sqrt(0.3 / 100) = 0.153, as McNemar's test is planned by the normal distribution."""
+    gate = gate_runs(runs(base=set(range(15)), vqa=set(range(15, 30))))
+    often = gate["detectable"]["at_80_percent_power"]
+
+    assert 0.14 <= often <= 0.18
+    assert f"and one of {100 * often:g} points in 8 of 10 cases" in format_gate(gate)
+
+
+@pytest.mark.parametrize(("n", "enough"), [(5, False), (6, True)])
+def test_a_gate_that_nobody_can_fail_is_refused(runs, tmp_path, n, enough):
+    made = runs(n=n, base=set(), vqa=set(range(n)))
+    if enough:
+        load_gate_questions(tmp_path / "questions.jsonl")
+        assert not gate_runs(made)["passed"]
+        return
+    for refuse in (lambda: gate_runs(made), lambda: load_gate_questions(tmp_path / "questions.jsonl")):
+        with pytest.raises(EvaluationError, match="too few questions to tell a loss: at least 6"):
+            refuse()
+
+
+def test_open_questions_are_said_to_be_no_part_of_a_gate(runs):
+    gate = gate_runs(runs(n_open=30, base=set(), vqa=set()))
+
+    assert gate["open_questions"] == 30
+    assert "30 open questions are not part of a gate" in format_gate(gate)
+    assert "open question" not in format_gate(gate_runs(runs(base=set(), vqa=set())))
+
+
+def test_a_loss_of_just_the_margin_passes_whatever_floats_make_of_it(runs):
+    assert 0.29 * 100 < 29
+    assert gate_runs(runs(base=set(), vqa=set(range(29))), margin=0.29)["passed"]
+
+
+def test_what_was_gained_is_set_off_against_what_was_lost(runs):
+    """20 lost and 6 gained have p = 0.009, and are 14 fewer."""
+    made = runs(base=set(range(6)), vqa=set(range(6, 26)))
+
+    assert gate_runs(made, margin=0.15)["passed"]
+    assert not gate_runs(made, margin=0.13)["passed"]
+
+
+@pytest.mark.parametrize("margin", [1, 1.5, -0.01])
+def test_a_margin_that_lets_everything_pass_is_refused(runs, margin):
+    with pytest.raises(EvaluationError, match="at least 0 and below 1"):
+        gate_runs(runs(base=set(), vqa=set()), margin=margin)
 
 
 def test_open_questions_are_refused(tmp_path):
@@ -226,12 +292,23 @@ def test_a_stage_that_forgets_ends_with_an_error_after_all_is_written(gated, tin
         pytest.param({"gate_questions": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read", id="no questions"),
         pytest.param({"gate_before": "p.jsonl"}, "without gate_questions there is no gate", id="no gate"),
         pytest.param({"gate_questions": "PROBE", "gate_margin": 2}, "a share", id="margin"),
+        pytest.param({"gate_questions": "WITHOUT IMAGES"}, "no such image: .*0.png", id="missing images"),
+        pytest.param(
+            {"gate_questions": "PROBE", "gate_before": "OWN"},
+            "gate_before: .* this run writes .* anew",
+            id="own folder",
+        ),
     ],
 )
 def test_a_gate_that_cannot_be_run_stops_the_recipe_before_it_trains(
     probe, tiny_model, make_trainer, tmp_path, options, message
 ):
-    options = {name: probe if value == "PROBE" else value for name, value in options.items()}
+    elsewhere = tmp_path / "elsewhere" / "probe.jsonl"
+    own = tmp_path / "gate" / "start.jsonl"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(probe.read_bytes())
+    values = {"PROBE": probe, "WITHOUT IMAGES": elsewhere, "OWN": own}
+    options = {name: values.get(value, value) for name, value in options.items()}
 
     with pytest.raises(InputError, match=message):
         make_trainer(tiny_model, tmp_path, **options)

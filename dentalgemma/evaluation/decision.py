@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import combinations
 from pathlib import Path
@@ -16,9 +16,12 @@ from data_builders.sources import read_yaml
 from dentalgemma.evaluation.decision_rules import Choice, Late, choose, show_number
 from dentalgemma.evaluation.files import write_json, write_whole
 from dentalgemma.evaluation.plan import (
+    Candidate,
     Lock,
     Plan,
     PlanError,
+    canonical,
+    check_claims,
     check_grades,
     describe_errors,
     describe_plan,
@@ -29,6 +32,11 @@ from dentalgemma.evaluation.plan import (
 from dentalgemma.evaluation.statistics import holm, wilson_interval
 
 FORMAT = "decision/1"
+SLOW_CLOCK = timedelta(minutes=5)  # by so much the clock that dated the answers may be ahead of this one
+# What scores must have in common to be compared, and what makes two of them the same model asked in the same way.
+IN_COMMON = ("mode", "images", "extraction", "bootstrap", "questions_sha256", "labels_sha256")
+OF_A_MODEL = ("model", "weights", "mode", "images", "protocol", "generation", "system_prompt", "image_fit", "dtype")
+OF_A_JUDGE = ("model", "api", "requested")
 COUNTED_AGAIN = ("n", "correct", "accuracy", "failed")  # what a scores document says of every extraction protocol
 
 
@@ -52,8 +60,8 @@ def decide(
     documents = _read_scores(lock.plan, scores)
     late = _read_late(lock.plan, declared)
     choice = choose(lock.plan, documents, late)
-    reasons = why_not_registered(lock, documents, late)
     tests, deviations = _find_tests(lock.plan, documents, comparisons)
+    reasons = why_not_registered(lock, documents, late) + deviations
     decision = {
         "format": FORMAT,
         "title": lock.plan.title,
@@ -85,24 +93,75 @@ def why_not_registered(lock: Lock, documents: Mapping[str, Mapping], late: Late)
     reasons = [lock.changed] if lock.changed else []
     if plan.questions_sha256 is None:
         reasons.append("the plan does not say on which questions (questions_sha256)")
+    if plan.uses_labels and plan.labels_sha256 is None:
+        reasons.append("figures by labels decide, and the plan does not say by which (labels_sha256)")
     for name, document in documents.items():
         if document.get("questions_sha256") != plan.questions_sha256:
             reasons.append(f"{name} was scored on other questions than the plan names")
-        if document.get("extraction") != plan.extraction:
-            own = document.get("extraction") or "unknown"
-            reasons.append(f"{name} was scored with the extraction {own}, not {plan.extraction or 'none'}")
-        reasons += _check_judge(plan, name, document) + _check_dates(name, document, lock.locked_at)
+        reasons += _check_labels(plan, name, document) + _check_settings(plan, name, document)
+        reasons += _check_verdicts(plan, name, document) + _check_dates(name, document, lock.locked_at)
+    reasons += _check_judges(plan, documents)
     for name, sub_score in plan.sub_scores.items():
         if sub_score.declared and sub_score.declared.grades is None:
             reasons.append(f"the grades of {name} were given after the lock")
     return reasons + [f"who breaks the criterion {name} was named after the lock" for name in late.veto]
 
 
-def _check_judge(plan: Plan, name: str, document: Mapping) -> list[str]:
-    judge = (document.get("open") or {}).get("judge") or {}
-    if not plan.uses(("open", "combined")) or judge.get("prompt_sha256") == plan.judge_prompt_sha256 is not None:
+def _check_settings(plan: Plan, name: str, document: Mapping) -> list[str]:
+    reasons = []
+    for key in ("mode", "images", "extraction"):
+        own, planned = document.get(key), getattr(plan, key)
+        if own != planned:
+            reasons.append(f"{name} was scored with the {key} {own or 'unknown'}, not {planned or 'none'}")
+    own, planned = document.get("bootstrap"), plan.bootstrap.model_dump()
+    if own != planned:
+        told = canonical(own) if own else "unknown"
+        reasons.append(f"{name} was scored with the bootstrap {told}, not {canonical(planned)}")
+    if document.get("predictions_sha256") is None:
+        reasons.append(f"the scores of {name} do not say of which answers they are (predictions_sha256)")
+    return reasons
+
+
+def _check_labels(plan: Plan, name: str, document: Mapping) -> list[str]:
+    """Categories, groups and so on are not part of `questions_sha256`; figures by them change with them."""
+    own = document.get("labels_sha256")
+    if own is None and plan.labels_sha256 and plan.uses_labels:
+        return [f"figures by labels decide, and the scores of {name} do not say by which (labels_sha256)"]
+    if own and plan.labels_sha256 and own != plan.labels_sha256:
+        return [f"the questions that {name} was scored on have other labels than the plan names"]
+    return []
+
+
+def _check_verdicts(plan: Plan, name: str, document: Mapping) -> list[str]:
+    if not plan.uses_judge:
         return []
-    return [f"the open answers of {name} were not judged with the prompt that the plan names (judge_prompt_sha256)"]
+    own = document.get("open") or {}
+    judge = own.get("judge") or {}
+    reasons = []
+    if plan.judge_prompt_sha256 is None or judge.get("prompt_sha256") != plan.judge_prompt_sha256:
+        reasons.append(
+            f"the open answers of {name} were not judged with the prompt that the plan names (judge_prompt_sha256)"
+        )
+    if plan.judge_model is not None and judge.get("model") != plan.judge_model:
+        reasons.append(f"the open answers of {name} were not judged by the model that the plan names (judge_model)")
+    if own.get("complete") is not True:
+        told = "say that not" if own.get("complete") is False else "do not say that"
+        reasons.append(f"the scores of {name} {told} all of its open answers have a verdict")
+    if document.get("verdicts_sha256") is None:
+        reasons.append(f"the scores of {name} do not say of which verdicts they are (verdicts_sha256)")
+    return reasons
+
+
+def _check_judges(plan: Plan, documents: Mapping[str, Mapping]) -> list[str]:
+    if not plan.uses_judge:
+        return []
+    judges = [(document.get("open") or {}).get("judge") or {} for document in documents.values()]
+    return [
+        f"the judge's {key} is not known to be the same for all candidates"
+        for key in OF_A_JUDGE
+        if len({canonical(judge.get(key)) for judge in judges}) > 1
+        or (key != "requested" and not all(judge.get(key) for judge in judges))
+    ]
 
 
 def _check_dates(name: str, document: Mapping, locked_at: datetime | None) -> list[str]:
@@ -111,12 +170,19 @@ def _check_dates(name: str, document: Mapping, locked_at: datetime | None) -> li
     dated = answered.get("dated") or 0
     if not dated or dated != answers:
         return [f"of the {answers} answers of {name} {dated} are dated"]
-    try:
-        first = datetime.fromisoformat(str(answered.get("first")))
-    except ValueError:
-        return [f"the first answer of {name} has no time that can be read"]
-    if first.tzinfo is None:
-        return [f"the time of the first answer of {name} has no time zone"]
+    times = {}
+    for which in ("first", "last"):
+        try:
+            times[which] = datetime.fromisoformat(str(answered.get(which)))
+        except ValueError:
+            return [f"the {which} answer of {name} has no time that can be read"]
+        if times[which].tzinfo is None:
+            return [f"the time of the {which} answer of {name} has no time zone"]
+    first, last = times["first"], times["last"]
+    if last < first:
+        return [f"the last answer of {name} ({last.isoformat()}) is dated before its first ({first.isoformat()})"]
+    if last > datetime.now(UTC) + SLOW_CLOCK:
+        return [f"the last answer of {name} ({last.isoformat()}) is dated after this decision"]
     if locked_at is not None and first <= locked_at:
         return [f"the first answer of {name} ({first.isoformat()}) is not after the lock ({locked_at.isoformat()})"]
     return []
@@ -137,12 +203,40 @@ def _read_scores(plan: Plan, scores: Mapping[str, Path]) -> dict[str, Mapping]:
         document = read_json(scores[name])
         if not isinstance(document, dict) or document.get("format") != "scores/1":
             raise PlanError(f"{scores[name]} is no scores document (scores/1): `dentalgemma score` writes one")
+        _check_candidate(plan, name, document, scores[name])
         documents[name] = document
-    for key in ("mode", "images", "extraction", "questions_sha256"):
+    for key in IN_COMMON:
         values = {name: document.get(key) for name, document in documents.items()}
-        if len(set(values.values())) > 1:
+        if len(set(map(canonical, values.values()))) > 1:
             raise PlanError(f"the scores cannot be compared, their {key} differs: {_list(values)}")
+    for first, second in combinations(documents, 2):
+        _check_apart(first, documents[first], second, documents[second])
     return documents
+
+
+def _check_candidate(plan: Plan, name: str, document: Mapping, path: Path) -> None:
+    """Refuse scores that are another candidate's, or of another model than the plan says the candidate is."""
+    own = document.get("name")
+    if own != name and own in plan.candidates:
+        raise PlanError(f"{path}: these are the scores of {own}, and were given as those of {name}")
+    candidate = plan.candidates[name]
+    for key in ("model", "weights") if isinstance(candidate, Candidate) else ():
+        planned = getattr(candidate, key)
+        if planned is not None and document.get(key) != planned:
+            raise PlanError(f"{path}: the {key} of {name} is {planned} in the plan, and {document.get(key)} here")
+    try:
+        check_claims({key: document.get(key) for key in ("name", *OF_A_MODEL, *IN_COMMON)})
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def _check_apart(first: str, one: Mapping, second: str, other: Mapping) -> None:
+    """Refuse one model's answers for two candidates."""
+    if one.get("predictions_sha256") is not None and one["predictions_sha256"] == other.get("predictions_sha256"):
+        raise PlanError(f"{first} and {second} have the scores of the same answers (predictions_sha256)")
+    same = all(canonical(one.get(key)) == canonical(other.get(key)) for key in OF_A_MODEL)
+    if same and one.get("weights") is not None:
+        raise PlanError(f"{first} and {second} have the same weights and were asked in the same way: one model twice")
 
 
 def _list(values: Mapping[str, object]) -> str:
@@ -192,6 +286,7 @@ def _find_tests(
             if pair.get("questions_sha256") != asked:
                 raise PlanError(f"{path} compares answers to other questions than the scores are of")
             if names <= set(plan.candidates) and pair.get(plan.tests.of):
+                _check_pair(plan, path, pair, documents)
                 found[names] = pair
     wanted = list(combinations(plan.candidates, 2))
     missing = [f"{first} and {second}" for first, second in wanted if frozenset((first, second)) not in found]
@@ -201,6 +296,21 @@ def _find_tests(
     pairs = [found[frozenset(pair)] for pair in wanted]
     adjusted = holm([float(pair[plan.tests.of]["mcnemar_p"]) for pair in pairs])
     return [_describe_test(plan, pair, p) for pair, p in zip(pairs, adjusted, strict=True)], []
+
+
+def _check_pair(plan: Plan, path: Path, pair: Mapping, documents: Mapping[str, Mapping]) -> None:
+    """Refuse a comparison of other answers, other verdicts or another reading than the scores are of."""
+    hashes = {"predictions_sha256": "answers"}
+    if plan.tests.of != "closed":
+        hashes["verdicts_sha256"] = "verdicts"
+    for side in "ab":
+        name = pair[side]["name"]
+        for key, what in hashes.items():
+            if pair[side].get(key) != documents[name].get(key):
+                raise PlanError(f"{path} compares other {what} of {name} than the scores are of; compare these again")
+        if pair.get("extraction") != documents[name].get("extraction"):
+            read = [own.get("extraction") or "none" for own in (pair, documents[name])]
+            raise PlanError(f"{path} compares with the extraction {read[0]}, and the scores have {read[1]}")
 
 
 def _describe_test(plan: Plan, pair: Mapping, p: float) -> dict:
@@ -227,12 +337,14 @@ def _decide_under_strict(plan: Plan, documents: Mapping[str, Mapping], late: Lat
         "winner": strict.winner,
         "composites": {name: show_number(value, plan) for name, value in strict.composites.items()},
         "changes": strict.winner != choice.winner,
-        "why": "intervals of closed questions are Wilson's, from the counts under strict",
+        "why": "where strict counts otherwise, intervals are Wilson's, from its counts",
     }
 
 
 def read_strictly(document: Mapping) -> dict:
     """A scores document with closed questions as counted under `strict`; what was not counted again is left out.
+
+    Where strict counts as many right, all else stays as it is: nothing may seem to change but by the reading.
 
     Raises:
         EvaluationError: when the document has no such counts.
@@ -241,17 +353,23 @@ def read_strictly(document: Mapping) -> dict:
     counted = (closed.get("protocols") or {}).get("strict")
     if not counted:
         raise PlanError(f"the scores of {document.get('name')} have no counts under strict")
-    interval = _wilson(counted["correct"], counted["n"])
     own = {key: counted[key] for key in COUNTED_AGAIN if key in counted}
-    own |= dict.fromkeys(("wilson", "interval_by_image", "interval_by_question"), interval)
+    if all(counted.get(key) == closed.get(key) for key in ("n", "correct")):
+        return {**document, "closed": closed | {key: own[key] for key in own if key == "failed"}}
+    own |= _resampled(counted["correct"], counted["n"])
     view = {**document, "closed": own, "clinical": None}
     combined = document.get("combined")
     if combined:
         correct = combined["correct"] - closed["correct"] + counted["correct"]
         share = Decimal(correct) / combined["n"]
-        interval = _wilson(correct, combined["n"])
-        view["combined"] = {"n": combined["n"], "correct": correct, "accuracy": share, "wilson": interval}
+        view["combined"] = {"n": combined["n"], "correct": correct, "accuracy": share}
+        view["combined"] |= _resampled(correct, combined["n"])
     return view
+
+
+def _resampled(correct: int, n: int) -> dict[str, list[Decimal]]:
+    """Wilson's interval in place of those that need the answers themselves."""
+    return dict.fromkeys(("wilson", "interval_by_image", "interval_by_question"), _wilson(correct, n))
 
 
 def _wilson(correct: int, n: int) -> list[Decimal]:
@@ -264,8 +382,9 @@ def format_decision(decision: Mapping) -> str:
     lines = [f"# {_inert(decision['title'])}", "", f"**{_inert(decision['rules'][-1]['outcome'])}**", ""]
     if decision["pre_registered"]:
         lines.append(
-            f"The decision is pre-registered: its plan was locked at {plan['locked_at']}, before the first answer, and "
-            "is unchanged. The time is that of the owner's clock; others can trust it as far as the hash was published."
+            f"The decision is pre-registered: its plan was locked at {plan['locked_at']}, before the first answer of "
+            "these files, and is unchanged. Whether the models were asked before, and answers thrown away, cannot be "
+            "seen. The time is that of the owner's clock; others can trust it as far as the hash was published."
         )
     else:
         lines.append("Nothing shows that the rules are older than the answers:")
@@ -273,6 +392,7 @@ def format_decision(decision: Mapping) -> str:
     lines += ["", f"SHA-256 of the plan: `{plan['plan_sha256'] or 'none'}`", ""]
     if decision["deviations"]:
         lines += ["Other than planned:", "", *(f"- {_inert(what)}" for what in decision["deviations"]), ""]
+    lines += ["Measured numbers are rounded here; the rules used all their digits (`exact` in the JSON file).", ""]
     for number, rule in enumerate(decision["rules"], start=1):
         lines += [f"## {number}. {_inert(rule['rule'])}", "", f"Rule: {_inert(rule['says'])}.", ""]
         lines += [*_list_input(rule["input"]), "", f"Outcome: **{_inert(rule['outcome'])}**", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, localcontext
 from itertools import combinations
@@ -9,9 +10,21 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dentalgemma.evaluation.plan import Declared, Plan, PlanError, SubScore, Veto, check_claims, format_number
+from dentalgemma.evaluation.plan import (
+    DIGITS,
+    EXPONENTS,
+    Declared,
+    Plan,
+    PlanError,
+    SubScore,
+    Tiebreaker,
+    Veto,
+    check_claims,
+    format_number,
+)
+from dentalgemma.evaluation.statistics import wilson_interval
 
-DIGITS = 50  # of intermediate results, whatever context the caller has set
+SHOWN = 4  # digits after the point of a measured number
 
 
 class Late(BaseModel):
@@ -29,12 +42,16 @@ class Late(BaseModel):
 
 
 class Rule(NamedTuple):
-    """One rule as applied: what it says, what went in, what came out. Numbers are strings."""
+    """One rule as applied: what it says, what went in, what came out. Numbers are strings.
+
+    `input` is for readers: measured numbers have four digits after the point, and `exact` has all of them.
+    """
 
     rule: str
     says: str
     input: object
     outcome: str
+    exact: Mapping[str, object] | None = None
 
 
 class Choice(NamedTuple):
@@ -47,9 +64,9 @@ class Choice(NamedTuple):
 
 
 def choose(plan: Plan, documents: Mapping[str, Mapping], late: Late | None = None) -> Choice:
-    """The plan's rules in their order: sub-scores, composite, order, overlap, then tie, tiebreakers and veto.
+    """The plan's rules in their order: sub-scores, composite, order, overlap, then veto, tie and tiebreakers.
 
-    A winner that a veto stops leaves the field, and the rest are put in order again, by the same rules.
+    Whom a veto stops leaves the field before anybody is tied with anybody.
 
     Raises:
         EvaluationError: when a scores document lacks a number that the plan asks for.
@@ -59,22 +76,21 @@ def choose(plan: Plan, documents: Mapping[str, Mapping], late: Late | None = Non
         table = {name: _grade(plan, name, documents, late) for name in plan.sub_scores}
         composites = {name: _compose(plan, table, name) for name in plan.candidates}
         order = sorted(plan.candidates, key=lambda name: (-composites[name], list(plan.candidates).index(name)))
-        alike = _find_alike(plan, documents)
+        intervals = {name: find_interval(documents[name], plan.different_in) for name in plan.candidates}
+        alike = _find_alike(plan, intervals)
+        stopped, vetoes = _apply_vetoes(plan, order, late)
         rules = [
             _tell_sub_scores(plan, table, documents),
             _tell_composites(plan, table, composites),
             _tell_order(plan, order, composites),
-            _tell_overlap(plan, documents, alike),
+            _tell_overlap(plan, intervals, alike),
+            *vetoes,
         ]
-        left = list(order)
-        winner, stopped = None, True
-        while left and stopped:
+        left = [name for name in order if name not in stopped]
+        winner = None
+        if left:
             winner, told = _lead(plan, left, composites, table, documents, alike)
-            stopped, vetoes = _apply_vetoes(plan, winner, late) if winner else (False, [])
-            rules += told + vetoes
-            if stopped:
-                left.remove(winner)
-                winner = None
+            rules += told
         rules.append(_tell_outcome(winner, left))
         order = [name for name in (winner,) if name] + [name for name in order if name != winner]
     return Choice(rules, composites, order, winner)
@@ -134,23 +150,61 @@ def read_number(documents: Mapping[str, Mapping], candidate: str, place: str) ->
     value = find_value(documents[candidate], place)
     if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
         raise PlanError(f"the scores of {candidate} have no number at {place}, which the plan asks for")
+    if not _is_score(value):
+        raise PlanError(f"the scores of {candidate} have {Decimal(value):.3e} at {place}, which nobody measured")
     return Decimal(value)
 
 
-def _find_alike(plan: Plan, documents: Mapping[str, Mapping]) -> dict[frozenset[str], str]:
+def _is_score(value: object) -> bool:
+    """Whether it is a number that can have been measured; the smallest float is 5e-324."""
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        return False
+    return -400 < Decimal(value).adjusted() < EXPONENTS
+
+
+class Found(NamedTuple):
+    """An interval as the overlap rule takes it; `instead` where Wilson's stands in for one without width."""
+
+    low: Decimal
+    high: Decimal
+    instead: bool
+
+
+def find_interval(document: Mapping, place: str) -> Found | None:
+    """The interval at a place. One without width tells nothing: resampling answers that are all alike gives the same.
+
+    Then it is Wilson's, as it stands beside it or from the counts beside it; `None` where there are none.
+    """
+    value = find_value(document, place)
+    if not _is_interval(value):
+        return None
+    if value[0] != value[1]:
+        return Found(Decimal(value[0]), Decimal(value[1]), False)
+    wilson = find_value(document, re.sub(r"interval_by_(image|question)$", "wilson", place))
+    if _is_interval(wilson) and wilson[0] != wilson[1]:
+        return Found(Decimal(wilson[0]), Decimal(wilson[1]), True)
+    beside = place.rpartition(".")[0]
+    correct, n = (find_value(document, f"{beside}.{name}") for name in ("correct", "n"))
+    if not (type(correct) is type(n) is int and 0 <= correct <= n and n > 0):
+        return None
+    low, high = (Decimal(str(end)) for end in wilson_interval(correct, n))
+    return Found(low, high, True)
+
+
+def _find_alike(plan: Plan, intervals: Mapping[str, Found | None]) -> dict[frozenset[str], str]:
     """Pairs that do not count as different, and why: their intervals share a point, or there is none."""
     alike = {}
     for first, second in combinations(plan.candidates, 2):
-        one, other = (find_value(documents[name], plan.different_in) for name in (first, second))
-        if not (_is_interval(one) and _is_interval(other)):
+        one, other = intervals[first], intervals[second]
+        if one is None or other is None:
             alike[frozenset((first, second))] = f"no interval at {plan.different_in}"
-        elif one[0] <= other[1] and other[0] <= one[1]:
+        elif one.low <= other.high and other.low <= one.high:
             alike[frozenset((first, second))] = "the intervals overlap"
     return alike
 
 
 def _is_interval(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(end, (int, Decimal)) for end in value)
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_score, value))
 
 
 def _lead(
@@ -178,30 +232,40 @@ def _lead(
         if len(tied) == 1:
             break
         values = {name: _tiebreak(tiebreaker, name, table, documents) for name in tied}
-        tied = [name for name in tied if values[name] == max(values.values())]
+        best = min(values.values()) if tiebreaker.lower_is_better else max(values.values())
+        tied = [name for name in tied if values[name] == best]
         outcome = f"{tied[0]} leads" if len(tied) == 1 else f"still tied: {', '.join(tied)}"
-        shown = {name: format_number(value) for name, value in values.items()}
-        rules.append(Rule("tiebreaker", f"the higher {tiebreaker} leads", shown, outcome))
+        shown = {
+            name: show_number(value, plan) if tiebreaker.path in table else show_measured(value)
+            for name, value in values.items()
+        }
+        exact = {name: str(value) for name, value in values.items()}
+        says = f"the {'lower' if tiebreaker.lower_is_better else 'higher'} {tiebreaker.path} leads"
+        rules.append(Rule("tiebreaker", says, shown, outcome, exact))
     return (tied[0] if len(tied) == 1 else None), rules
 
 
 def _tiebreak(
-    tiebreaker: str, name: str, table: Mapping[str, Mapping[str, Decimal]], documents: Mapping[str, Mapping]
+    tiebreaker: Tiebreaker, name: str, table: Mapping[str, Mapping[str, Decimal]], documents: Mapping[str, Mapping]
 ) -> Decimal:
-    return table[tiebreaker][name] if tiebreaker in table else read_number(documents, name, tiebreaker)
+    path = tiebreaker.path
+    return table[path][name] if path in table else read_number(documents, name, path)
 
 
-def _apply_vetoes(plan: Plan, winner: str, late: Late) -> tuple[bool, list[Rule]]:
-    rules, stopped = [], False
+def _apply_vetoes(plan: Plan, order: Sequence[str], late: Late) -> tuple[set[str], list[Rule]]:
+    """Who cannot be chosen, and one rule for each veto."""
+    rules, stopped = [], set()
     for name, veto in plan.veto.items():
-        broken = winner in {*veto.names, *late.veto.get(name, ())}
-        given = {"leads": winner, "breaks it": broken, "documented alternative": veto.unless}
-        if not broken:
-            outcome = f"{winner} does not break it"
+        breaking = [own for own in order if own in {*veto.names, *late.veto.get(name, ())}]
+        given = {"break it": breaking or None, "documented alternative": veto.unless}
+        if not breaking:
+            outcome = "nobody breaks it"
         elif veto.unless:
-            outcome = f"{winner} breaks it and stays, by the documented alternative"
+            outcome = "; ".join(f"{own} breaks it and stays, by the documented alternative" for own in breaking)
         else:
-            outcome, stopped = f"{winner} breaks it without a documented alternative, and cannot be chosen", True
+            why = "breaks it without a documented alternative, and cannot be chosen"
+            outcome = "; ".join(f"{own} {why}" for own in breaking)
+            stopped.update(breaking)
         rules.append(Rule(f"veto: {name}", _say_veto(veto), given, outcome))
     return stopped, rules
 
@@ -211,14 +275,17 @@ def _say_veto(veto: Veto) -> str:
 
 
 def _tell_sub_scores(plan: Plan, table: Mapping[str, Mapping[str, Decimal]], documents: Mapping[str, Mapping]) -> Rule:
-    given = {}
+    given, exact = {}, {}
     for name, sub_score in plan.sub_scores.items():
         own = {"weight": format_number(sub_score.weight), "rule": _say_mapping(sub_score)}
         if sub_score.place:
-            own["values"] = {who: str(read_number(documents, who, sub_score.place)) for who in plan.candidates}
+            values = {who: read_number(documents, who, sub_score.place) for who in plan.candidates}
+            own["values"] = {who: show_measured(value) for who, value in values.items()}
+            exact[name] = {who: str(value) for who, value in values.items()}
         given[name] = own | {"scores": {who: show_number(score, plan) for who, score in table[name].items()}}
     says = f"every criterion gives 0 to 10, rounded to {_say_rounding(plan)}"
-    return Rule("sub-scores", says, given, f"{len(table)} sub-scores for each of {len(plan.candidates)} candidates")
+    outcome = f"{len(table)} sub-scores for each of {len(plan.candidates)} candidates"
+    return Rule("sub-scores", says, given, outcome, exact)
 
 
 def _say_mapping(sub_score: SubScore) -> str:
@@ -252,20 +319,27 @@ def _tell_order(plan: Plan, order: Sequence[str], composites: Mapping[str, Decim
     return Rule("order", "the higher composite comes first", given, ", ".join(order))
 
 
-def _tell_overlap(plan: Plan, documents: Mapping[str, Mapping], alike: Mapping[frozenset[str], str]) -> Rule:
+def _tell_overlap(
+    plan: Plan,
+    intervals: Mapping[str, Found | None],
+    alike: Mapping[frozenset[str], str],
+) -> Rule:
     says = f"two candidates are different only if their intervals ({plan.different_in}) do not overlap"
     says += "; otherwise " + (
         "they are tied" if plan.when_not_different == "tie" else "it is said, and changes nothing"
     )
-    intervals = {}
-    for name in plan.candidates:
-        interval = find_value(documents[name], plan.different_in)
-        intervals[name] = list(map(str, interval)) if _is_interval(interval) else None
+    shown = {name: own and _show_interval(own) for name, own in intervals.items()}
+    exact = {name: [str(own.low), str(own.high)] if own else None for name, own in intervals.items()}
     pairs = []
     for pair in combinations(plan.candidates, 2):
         why = alike.get(frozenset(pair))
         pairs.append(f"{pair[0]} and {pair[1]} " + (f"are not different ({why})" if why else "are different"))
-    return Rule("overlap", says, intervals, "; ".join(pairs))
+    return Rule("overlap", says, shown, "; ".join(pairs), exact)
+
+
+def _show_interval(own: Found) -> str:
+    shown = f"{show_measured(own.low)} to {show_measured(own.high)}"
+    return f"{shown} (Wilson's, as the one that is asked for has no width)" if own.instead else shown
 
 
 def _tell_outcome(winner: str | None, left: Sequence[str]) -> Rule:
@@ -273,6 +347,12 @@ def _tell_outcome(winner: str | None, left: Sequence[str]) -> Rule:
         return Rule("outcome", "who leads and is not stopped by a veto is chosen", list(left), f"{winner} is chosen")
     why = "the tiebreakers do not tell the first ones apart" if left else "a veto stops every candidate"
     return Rule("outcome", "who leads and is not stopped by a veto is chosen", list(left), f"nobody is chosen: {why}")
+
+
+def show_measured(value: Decimal | int) -> str:
+    """A measured number as people read it: four digits after the point, none for a count."""
+    number = Decimal(value)
+    return f"{number:.{SHOWN}f}" if number != int(number) else str(int(number))
 
 
 def show_number(value: Decimal, plan: Plan) -> str:

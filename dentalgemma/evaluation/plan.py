@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -21,11 +22,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from data_builders.records import InputError
 from data_builders.sources import read_yaml
 from dentalgemma.evaluation.files import read_text, write_whole
-from dentalgemma.evaluation.questions import EvaluationError, load_questions, questions_sha256
+from dentalgemma.evaluation.places import INTERVAL, SECTIONS, check_place
+from dentalgemma.evaluation.questions import EvaluationError, labels_sha256, load_questions, questions_sha256
 
 FORMAT = "plan/1"
 HIGHEST = Decimal(10)  # every sub-score lies between 0 and this
-SECTIONS = ("closed", "open", "combined", "clinical", "latency")  # of a scores document
+EXPONENTS = 12  # a plan's numbers have at most so many digits before the point, and after it
+DIGITS = 50  # of intermediate results, whatever context the caller has set: sums are exact
 
 
 class PlanError(EvaluationError):
@@ -42,6 +45,9 @@ def to_decimal(value: object) -> Decimal:
         raise ValueError(f"expected a number, got {value!r}") from None
     if not number.is_finite():
         raise ValueError(f"expected a finite number, got {value!r}")
+    # Numbers beyond these could be locked, and then neither be added exactly nor be written out.
+    if number.as_tuple().exponent < -EXPONENTS or number.adjusted() >= EXPONENTS:
+        raise ValueError(f"expected at most {EXPONENTS} digits before the point and after it, got {str(value)[:40]}")
     return number
 
 
@@ -52,15 +58,14 @@ def _to_score(value: object) -> Decimal:
     return number
 
 
-def _to_path(value: object) -> str:
-    if not isinstance(value, str) or value.split(".")[0] not in SECTIONS or "." not in value:
-        raise ValueError(f"{value!r}: a place in a scores document begins with one of {', '.join(SECTIONS)} and a dot")
-    return value
-
-
 Number = Annotated[Decimal, BeforeValidator(to_decimal)]
 Score = Annotated[Decimal, BeforeValidator(_to_score)]
-PathInScores = Annotated[str, BeforeValidator(_to_path)]
+PathInScores = Annotated[str, BeforeValidator(check_place)]
+IntervalInScores = Annotated[str, BeforeValidator(lambda value: check_place(value, INTERVAL))]
+# YAML takes a bare `true` for a truth value.
+Images = Annotated[
+    Literal["true", "blank", "other", "none"], BeforeValidator(lambda value: "true" if value is True else value)
+]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Words = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
@@ -116,8 +121,30 @@ class SubScore(_Strict):
         return self
 
 
+class Candidate(_Strict):
+    """A note on a candidate, and what its scores must be of: the model's name, the fingerprint of its weights."""
+
+    note: Words | None = None
+    model: Words | None = None
+    weights: Words | None = None
+
+
+class Tiebreaker(_Strict):
+    """A sub-score or a place in a scores document; the higher number leads, unless the lower one is better."""
+
+    path: Words
+    lower_is_better: bool = False
+
+
+class Bootstrap(_Strict):
+    """How intervals are resampled: another seed is another interval, and must not be looked for afterwards."""
+
+    draws: Annotated[int, Field(ge=1)] = 1_000
+    seed: int = 0
+
+
 class Tests(_Strict):
-    """The paired tests that go with the decision; the decision names it as a deviation where they are missing."""
+    """The paired tests that go with the decision; without them it is a deviation, and not shown to be planned."""
 
     paired: Literal["mcnemar_exact"] = "mcnemar_exact"
     correction: Literal["holm"] = "holm"
@@ -136,7 +163,7 @@ class Veto(_Strict):
 class Rounding(_Strict):
     """Sub-scores and composites are rounded once each, and all that follows takes the rounded ones."""
 
-    quantum: Annotated[Number, Field(gt=0)] = Decimal("0.01")
+    quantum: Annotated[Number, Field(gt=0, le=1)] = Decimal("0.01")
     mode: Literal["ROUND_HALF_EVEN", "ROUND_HALF_UP"] = "ROUND_HALF_EVEN"
 
 
@@ -144,18 +171,23 @@ class Plan(_Strict):
     """All that decides between the candidates; `considered` names who was left out, and why."""
 
     title: Words
-    candidates: Annotated[dict[str, str | None], Field(min_length=2)]
+    candidates: Annotated[dict[str, str | Candidate | None], Field(min_length=2)]
     considered: dict[str, Words] = Field(default_factory=dict)
     questions_sha256: Sha256 | None = None
+    labels_sha256: Sha256 | None = None
+    mode: Literal["generate", "loglikelihood"] = "generate"
+    images: Images = "true"
     extraction: Literal["seed/1"] | None = "seed/1"
     judge_prompt_sha256: Sha256 | None = None
+    judge_model: Words | None = None
+    bootstrap: Bootstrap = Bootstrap()
     sub_scores: Annotated[dict[str, SubScore], Field(min_length=1)]
     tests: Tests = Tests()
     different_when: Literal["intervals_do_not_overlap"] = "intervals_do_not_overlap"
-    different_in: PathInScores = "closed.interval_by_image"
+    different_in: IntervalInScores = "closed.interval_by_image"
     when_not_different: Literal["report", "tie"] = "report"
     tie_below: Annotated[Number, Field(ge=0)] = Decimal("0.05")
-    tiebreakers: Annotated[tuple[str, ...], Field(min_length=1)]
+    tiebreakers: Annotated[tuple[Tiebreaker, ...], Field(min_length=1)]
     veto: dict[str, Veto] = Field(default_factory=dict)
     rounding: Rounding = Rounding()
 
@@ -168,6 +200,13 @@ class Plan(_Strict):
             raise ValueError("a candidate comes twice")
         return dict.fromkeys(candidates)
 
+    @field_validator("tiebreakers", mode="before")
+    @classmethod
+    def _with_directions(cls, tiebreakers: object) -> object:
+        if not isinstance(tiebreakers, (list, tuple)):
+            return tiebreakers
+        return [{"path": own} if isinstance(own, str) else own for own in tiebreakers]
+
     @model_validator(mode="before")
     @classmethod
     def _claims_nothing(cls, document: object) -> object:
@@ -176,7 +215,8 @@ class Plan(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Plan:
-        total = sum(sub_score.weight for sub_score in self.sub_scores.values())
+        with localcontext(prec=DIGITS):
+            total = sum(sub_score.weight for sub_score in self.sub_scores.values())
         if total != 1:
             raise ValueError(f"sub_scores: the weights sum to {total}, they must sum to exactly 1")
         for name, sub_score in self.sub_scores.items():
@@ -188,18 +228,42 @@ class Plan(_Strict):
         for name, veto in self.veto.items():
             if unknown := sorted(set(veto.names) - set(self.candidates)):
                 raise ValueError(f"veto.{name}.names: {unknown[0]} is no candidate")
-        for number, tiebreaker in enumerate(self.tiebreakers):
-            if tiebreaker not in self.sub_scores and tiebreaker.split(".")[0] not in SECTIONS:
-                raise ValueError(
-                    f"tiebreakers.{number}: {tiebreaker!r} is neither a sub-score nor a place in a scores document"
-                )
+        if self.mode == "loglikelihood" and self.extraction is not None:
+            raise ValueError(
+                "extraction: where options are scored no letter is read from text; write `extraction: null`"
+            )
+        for number, own in enumerate(self.tiebreakers):
+            self._check_tiebreaker(own, f"tiebreakers.{number}")
         return self
 
-    def uses(self, sections: tuple[str, ...]) -> bool:
-        """Whether anything is decided by these parts of a scores document."""
+    def _check_tiebreaker(self, tiebreaker: Tiebreaker, where: str) -> None:
+        name = tiebreaker.path
+        if name in self.sub_scores:
+            if tiebreaker.lower_is_better:
+                raise ValueError(f"{where}: {name} is a sub-score, and of these the higher one is better")
+            return
+        if name.split(".")[0] not in SECTIONS:
+            raise ValueError(f"{where}: {name!r} is neither a sub-score nor a place in a scores document")
+        try:
+            check_place(name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @property
+    def places(self) -> list[str]:
+        """All of a scores document that anything is decided by."""
         places = [self.different_in, *(own.place for own in self.sub_scores.values() if own.place)]
-        places += [name for name in self.tiebreakers if name not in self.sub_scores]
-        return any(place.split(".")[0] in sections for place in places)
+        return places + [own.path for own in self.tiebreakers if own.path not in self.sub_scores]
+
+    @property
+    def uses_judge(self) -> bool:
+        """Whether anything is decided, or tested, by open answers."""
+        return any(place.split(".")[0] in {"open", "combined"} for place in [*self.places, self.tests.of])
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether anything is decided by what questions are about, rather than by what is asked and right."""
+        return any(place.startswith("clinical.") or ".per_" in place for place in self.places)
 
 
 class Lock(NamedTuple):
@@ -228,12 +292,38 @@ def check_claims(document: object) -> None:
     Raises:
         ValueError: quoting the words.
     """
-    if claim := re.search(r"pre[-\s]?r?regist\w*", canonical(document), re.IGNORECASE):
-        raise ValueError(f"{claim[0]!r}: whether it is so is found out by `decide`, and not claimed; leave it out")
+    for text in _texts(document):
+        if claim := re.search(r"pre ?r?regist\w*", _plain(text), re.IGNORECASE):
+            raise ValueError(f"{claim[0]!r}: whether it is so is found out by `decide`, and not claimed; leave it out")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a document, keys included."""
+    if isinstance(value, Mapping):
+        for key, own in value.items():
+            yield str(key)
+            yield from _texts(own)
+    elif isinstance(value, (list, tuple)):
+        for own in value:
+            yield from _texts(own)
+    elif isinstance(value, str):
+        yield value
+
+
+def _plain(text: str) -> str:
+    """A text as it looks: without invisible characters; every run of dashes, underscores and blanks is one blank."""
+    shown = [char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf"]
+    apart = [
+        " " if char in "_\u2212" or unicodedata.category(char) in {"Pd", "Cc", "Zs", "Zl", "Zp"} else char
+        for char in shown
+    ]
+    return " ".join("".join(apart).split())
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan's YAML; `questions: FILE`, beside the YAML, stands for the SHA-256 of those questions.
+    """Read a plan's YAML; `questions: FILE`, beside the YAML, stands for both SHA-256 of those questions.
+
+    `questions_sha256` is of what is asked and right, `labels_sha256` of all that figures are broken down by.
 
     Raises:
         PlanError: naming the file and every key that is wrong.
@@ -245,9 +335,11 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(str(error)) from None
     questions = document.pop("questions", None)
     if questions is not None:
-        if document.get("questions_sha256") is not None:
-            raise PlanError(f"{path}: questions and questions_sha256 say the same; give one of them")
-        document["questions_sha256"] = questions_sha256(load_questions(path.parent / str(questions)))
+        for key in ("questions_sha256", "labels_sha256"):
+            if document.get(key) is not None:
+                raise PlanError(f"{path}: questions and {key} say the same; give one of them")
+        items = load_questions(path.parent / str(questions))
+        document |= {"questions_sha256": questions_sha256(items), "labels_sha256": labels_sha256(items)}
     return _validate(document, path)
 
 
@@ -284,23 +376,11 @@ def write_plan(plan: Path, out: Path) -> dict:
         raise PlanError(
             f"{out} is there, and a lock is not written over: keep it, and lock the new plan in another file"
         )
-    signed = {"format": FORMAT, "locked_at": datetime.now(UTC).isoformat(timespec="seconds"), "plan": content}
+    signed = {"format": FORMAT, "locked_at": datetime.now(UTC).isoformat(timespec="microseconds"), "plan": content}
     parts = {key: hash_canonical(value) for key, value in content.items()}
     document = signed | {"plan_sha256": hash_canonical(signed), "key_sha256": parts}
     write_whole(out, json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return document
-
-
-def read_plan(path: Path) -> Lock:
-    """Read a lock whose hash is right.
-
-    Raises:
-        PlanError: naming the key that was changed, where that can be told.
-    """
-    lock = open_plan(path)
-    if lock.changed:
-        raise PlanError(f"{path}: {lock.changed}")
-    return lock
 
 
 def open_plan(path: Path) -> Lock:
@@ -318,7 +398,7 @@ def open_plan(path: Path) -> Lock:
     plan = _validate(document.get("plan"), path)
     try:
         locked_at = datetime.fromisoformat(str(document.get("locked_at"))).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PlanError(f"{path}: locked_at: {document.get('locked_at')!r} is no time") from None
     return Lock(plan, str(document.get("plan_sha256")), locked_at, _find_change(document))
 
@@ -335,7 +415,8 @@ def _find_change(document: Mapping) -> str | None:
 
 def describe_plan(plan: Plan) -> dict:
     """A plan as JSON takes it: the keys of the YAML with every default, and numbers as strings."""
-    return _as_text(plan.model_dump(by_alias=True, exclude_none=True))
+    # Without the extraction the default one would be read back.
+    return _as_text(plan.model_dump(by_alias=True, exclude_none=True)) | {"extraction": plan.extraction}
 
 
 def _as_text(value: object) -> object:
@@ -382,5 +463,5 @@ def read_json(path: Path) -> object:
     """
     try:
         return json.loads(read_text(Path(path)), parse_float=Decimal)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets without end
         raise PlanError(f"{path}: not valid JSON: {error}") from None

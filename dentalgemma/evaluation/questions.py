@@ -236,6 +236,19 @@ def questions_sha256(items: Iterable[Question]) -> str:
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
+def labels_sha256(items: Iterable[Question]) -> str:
+    """Identifies what `questions_sha256` leaves out and figures are made of: labels, categories, groups, language.
+
+    Of everything in a question but the file of its image, which may lie anywhere.
+    """
+    names = [name for name in Question.__dataclass_fields__ if name != "image"]
+    rows = [{name: getattr(item, name) for name in names} for item in items]
+    rows = [row | {name: dict(row[name]) for name in ("options", "option_values")} for row in rows]
+    rows.sort(key=lambda row: row["item_id"])
+    text = json.dumps(rows, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_predictions(path: Path) -> dict[str, dict]:
     """Read a predictions file: one JSON object a line, by `item_id`.
 

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from trl import SFTConfig
 
+from dentalgemma.evaluation.files import without_folder
 from dentalgemma.evaluation.gates import GateError, check_margin, format_gate, gate_runs, load_gate_questions
-from dentalgemma.evaluation.questions import EvaluationError, Question
+from dentalgemma.evaluation.questions import EvaluationError, Question, check_images
 from dentalgemma.evaluation.runs import Run, read_run
 from dentalgemma.models.loading import fingerprint_weights, run_around, stage_name
 from dentalgemma.training.sharding import shards_weights
@@ -50,8 +51,11 @@ def check_gate(stage: StageConfig, training: SFTConfig) -> None:
             raise EvaluationError("gate_before: without gate_questions there is no gate")
         return
     check_margin(stage.gate_margin)
-    load_gate_questions(Path(stage.gate_questions))
+    check_images(load_gate_questions(Path(stage.gate_questions)))
     if stage.gate_before is not None:
+        folder = Path(training.output_dir) / FOLDER
+        if folder.resolve() in Path(stage.gate_before).resolve().parents:
+            raise EvaluationError(f"gate_before: {stage.gate_before}: this run writes {folder} anew; copy it elsewhere")
         before = read_run(Path(stage.gate_before), Path(stage.gate_questions))
         if before.settings["mode"] != "loglikelihood":
             raise EvaluationError(f"gate_before: {stage.gate_before}: a gate scores options: evaluate in that mode")
@@ -117,8 +121,6 @@ def _answer(trainer: StageTrainer, items: list[Question], out: Path) -> None:
 
 
 def _name(trainer: StageTrainer, *, at_start: bool) -> str:
-    from dentalgemma.training.run_facts import without_folder  # which imports the trainer
-
     start = trainer.start.adapters[-1] if trainer.start.adapters else trainer.start.base
     return without_folder(str(start if at_start else trainer.args.output_dir)) or ""
 

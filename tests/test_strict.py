@@ -122,7 +122,20 @@ def test_no_output_raises_and_a_letter_is_always_one_of_the_options(protocol, ou
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
-    "loop", ["the ", "dental caries ", "A or B, ", "<think>", "the answer is ", "***", "\n", "\\boxed{", '"', "elaela"]
+    "loop",
+    [
+        "the ",
+        "dental caries ",
+        "A or B, ",
+        "<think>",
+        "the answer is ",
+        "***",
+        "\n",
+        "\\boxed{",
+        '"',
+        "elaela",
+        "most ",
+    ],
 )
 def test_an_answer_that_runs_on_is_read_in_less_than_a_second(protocol, loop):
     output = (loop * 100_000)[:100_000] + ". The answer is C."

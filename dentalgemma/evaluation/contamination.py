@@ -1,15 +1,18 @@
-"""Whether questions were seen in training: their images and their texts, looked for in a dataset folder. No torch."""
+"""Whether questions were seen in training: their images, texts and answers, looked for in a dataset. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,12 +36,25 @@ from data_builders.images import ImageError, measure_pixels
 from data_builders.mosaics import find_parts, is_mosaic
 from data_builders.similar_prompts import NEAR_DUPLICATE, SHINGLE, WORD, find_near_duplicates
 from data_builders.splits import Groups
-from dentalgemma.evaluation.questions import EvaluationError, Question, load_questions
+from dentalgemma.evaluation.questions import ASK_FOR_LETTER, EvaluationError, Question, load_questions
 
 HELD_OUT = "test"  # the split that no model is trained or chosen on
-SPECIFIC_WORDS = 25  # from this length on a text says by itself what is asked; templates have fewer words
+FEWEST_WORDS = 8  # of a question that is looked for inside longer rows, and of one that tells its own case
+ANSWER_WORDS = 12  # of a reference that nobody else would have worded alike
+OFTEN = 3  # images; what is asked of more belongs to a template
+RARE_TRIPLES, RARE_SHARE = 10, 0.75  # word triples that no template has: as many, or this share, make a text specific
+CONTAINED = 0.9  # share of a question's word triples that a row holds which holds the question
 SHOWN = 5  # matches in a message
-TEXT_COLUMNS = ["prompt", "row_id", "image_id"]
+TEXT_COLUMNS = ["prompt", "completion", "row_id", "image_id"]
+FRAMES = [  # what `put_question` writes around a question; many a dataset has the same
+    re.compile(
+        rf"^\s*{re.escape(before.strip())}\s*(.+?)\s*{re.escape(after.partition('{options}')[0].strip())}",
+        re.DOTALL | re.IGNORECASE | re.MULTILINE,
+    )
+    for before, _, after in (wording.partition("{question}") for wording in ASK_FOR_LETTER.values())
+]
+
+Triple = tuple[str, ...]
 
 
 @dataclass
@@ -60,19 +76,39 @@ class Text:
     bare: bool = False  # whether a row of it has no image
 
 
+Texts = dict[tuple[str, str], Text]  # by split and normalized text
+
+
+class Stored(NamedTuple):
+    """What a dataset holds; of its answers those that are asked for."""
+
+    pictures: Pictures
+    questions: Texts
+    answers: Texts
+    rows: int
+
+
 def check_contamination(questions: Path, dataset: Path, *, progress: bool = True) -> dict:
-    """Look for the images and the texts of `questions` (JSONL) in all splits of a dataset folder.
+    """Look for the images, the texts and the answers of `questions` (JSONL) in all splits of a dataset folder.
 
     An image matches by its pixels, as a verified copy (re-encoded, resized, cropped a little), as a mirrored copy, or
-    as a part of a mosaic. A text matches exactly but for case and punctuation, or nearly (0.7 of the word triples);
-    rows of one split with one text are one match. The questions are `clean` if no training or validation split, that
-    is no split but `test`, holds
+    as a part of a mosaic. Every user turn of a row is compared with every question, without a frame such as
+    "Question: … Options: …". It matches exactly but for case and punctuation, nearly (0.7 of the word triples of both;
+    all numbers are one word), or contains the question (of 8 words and more, 0.9 of its triples). The reference of an
+    open question (of 8 words and more) matches as `answer` where a row's answer is the same text. Rows of one split
+    with one text are one match.
 
-    - one of their images, or
-    - the text of a question without an image in a row without one, or any text of 25 words and more.
+    Datasets ask "What is visible?" of every image, and "Where is the …?" of every finding: such a text is a `template`
+    and tells nothing. A text is none, but specific to its case, if it has 8 words and more and what both sides share
+    are mostly triples of words (10, or three quarters) that neither the dataset nor the question file has on more than
+    3 images. An answer is specific from 12 words on, if it is not given for more than 3 images.
 
-    The short text of a question about an image tells nothing: datasets ask "What is visible?" of every image. Such
-    matches are listed with `leak: false`.
+    The questions are `clean` if no training or validation split, that is no split but `test`, holds
+
+    - one of their images,
+    - a specific text of theirs, question or answer, with whatever image,
+    - a template of theirs about the same image, or
+    - the text of a question without an image, exactly or nearly, in a row without one, however short it is.
 
     Raises:
         EvaluationError: when a file is missing or an image of the questions cannot be decoded.
@@ -82,9 +118,10 @@ def check_contamination(questions: Path, dataset: Path, *, progress: bool = True
     shards = _find_shards(dataset)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         asked = _read_question_pictures(items, bar)
-        stored, texts, rows = _read_dataset(shards, bar, with_images=bool(asked.places))
-        image_matches = _match_images(asked, stored)
-    question_matches = _match_texts(items, texts, image_matches)
+        references = {_normalize(item.answer) for item in items if _tells_answer(item)}
+        stored = _read_dataset(shards, bar, references, with_images=bool(asked.places))
+        image_matches = _match_images(asked, stored.pictures)
+    question_matches = _match_texts(items, stored, image_matches)
     leaks = [match for match in (*image_matches, *question_matches) if match["leak"]]
     return {
         "format": "contamination/1",
@@ -97,8 +134,8 @@ def check_contamination(questions: Path, dataset: Path, *, progress: bool = True
         "dataset": {
             "name": dataset.name or dataset.resolve().name,
             "fingerprint": _fingerprint(shards),
-            "images": len(stored.places),
-            "rows": rows,
+            "images": len(stored.pictures.places),
+            "rows": stored.rows,
         },
         "image_matches": image_matches,
         "question_matches": question_matches,
@@ -110,16 +147,26 @@ def check_contamination(questions: Path, dataset: Path, *, progress: bool = True
 def format_contamination(result: Mapping) -> str:
     """What `check_contamination` found, in lines for people."""
     images, texts = result["image_matches"], result["question_matches"]
-    name, leaks = result["dataset"]["name"], result["counts"]["leaks"]
+    leaks = {kind: [match for match in found if match["leak"]] for kind, found in (("image", images), ("text", texts))}
+    templates = {_normalize(match["question"]) for match in texts if match["split"] != HELD_OUT and not match["leak"]}
     lines = [
-        f"{name}: {'clean' if result['clean'] else 'NOT CLEAN'}; {result['questions']['n']} questions on "
-        f"{result['questions']['images']} images against {result['dataset']['rows']} rows and "
-        f"{result['dataset']['images']} images: {len(images)} images and {len(texts)} texts found, {leaks} of them "
-        "where a model is trained or chosen on them"
+        f"{result['dataset']['name']}: {'clean' if result['clean'] else 'NOT CLEAN'}; "
+        f"{result['questions']['n']} questions on {result['questions']['images']} images against "
+        f"{result['dataset']['rows']} rows and {result['dataset']['images']} images: "
+        f"{len({match['question_image_id'] for match in leaks['image']})} of their images and the text of "
+        f"{len({match['item_id'] for match in leaks['text']})} of them stand where a model is trained or chosen"
     ]
-    for match in [match for match in images if match["leak"]][:SHOWN]:
+    if templates:
+        one = len(templates) == 1
+        further = "further " if leaks["text"] else ""
+        lines.append(
+            f"  {len(templates)} {further}{'text is' if one else 'texts are'} asked in training too, "
+            + ("a short template question that tells" if one else "all of them short template questions that tell")
+            + " nothing"
+        )
+    for match in leaks["image"][:SHOWN]:
         lines.append(f"  {match['kind']} in {match['split']}: the image of {', '.join(match['item_ids'][:SHOWN])}")
-    for match in [match for match in texts if match["leak"]][:SHOWN]:
+    for match in leaks["text"][:SHOWN]:
         lines.append(f"  {match['kind']} text in {match['split']}, row {match['row_id']}: question {match['item_id']}")
     return "\n".join(lines)
 
@@ -156,11 +203,9 @@ def _read_question_pictures(items: Sequence[Question], bar: Progress) -> Picture
     return pictures
 
 
-def _read_dataset(
-    shards: Mapping[Path, str], bar: Progress, *, with_images: bool
-) -> tuple[Pictures, dict[tuple[str, str], Text], int]:
-    """The pictures of a dataset with their splits, its texts by split and normalized text, and the number of rows."""
-    pictures, texts, rows = Pictures(), {}, 0
+def _read_dataset(shards: Mapping[Path, str], bar: Progress, references: set[str], *, with_images: bool) -> Stored:
+    """The pictures of a dataset with their splits, its questions, and those answers that are one of `references`."""
+    pictures, questions, answers, rows = Pictures(), {}, {}, 0
     files = {path: pq.ParquetFile(path) for path in shards}
     task = bar.add_task("Reading the dataset", total=sum(file.metadata.num_rows for file in files.values()))
     known: dict[str, str] = {}  # SHA-256 of a file's bytes to that of its pixels
@@ -177,10 +222,15 @@ def _read_dataset(
                     images = _picture_ids(path, batch, number, pictures, known)
                 for image_id in images:
                     pictures.places[image_id].add(shards[path])
-                _add_text(texts, shards[path], row, f"{path.name}:{rows + number}", images)
+                row["row_id"] = row.get("row_id") or f"{path.name}:{rows + number}"
+                for text in _user_texts(row):
+                    _add_text(questions, shards[path], _question_part(text), text, row, images)
+                for text in _answer_texts(row):
+                    if _normalize(text) in references:
+                        _add_text(answers, shards[path], text, text, row, images)
             rows += len(batch)
             bar.advance(task, len(batch))
-    return pictures, texts, rows
+    return Stored(pictures, questions, answers, rows)
 
 
 def _picture_ids(
@@ -202,12 +252,27 @@ def _picture_ids(
     return image_ids
 
 
-def _add_text(texts: dict[tuple[str, str], Text], split: str, row: Mapping, place: str, images: Sequence[str]) -> None:
-    asked = "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
-    text = texts.setdefault((split, " ".join(_words(asked))), Text(row.get("row_id") or place, asked))
-    text.rows += 1
-    text.images.update(images)
-    text.bare |= not images
+def _user_texts(row: Mapping) -> set[str]:
+    """Every user turn of a row, and all together."""
+    turns = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+    return {*turns, "\n".join(turns)}
+
+
+def _answer_texts(row: Mapping) -> set[str]:
+    turns = [*row["prompt"], *(row.get("completion") or ())]
+    return {turn["content"] for turn in turns if turn["role"] == "assistant"}
+
+
+def _question_part(text: str) -> str:
+    """The question in "Question: … Options: …", or the whole text."""
+    return next((match[1] for frame in FRAMES if (match := frame.search(text))), text)
+
+
+def _add_text(texts: Texts, split: str, compared: str, text: str, row: Mapping, images: Sequence[str]) -> None:
+    found = texts.setdefault((split, _normalize(compared)), Text(row["row_id"], text))
+    found.rows += 1
+    found.images.update(images)
+    found.bare |= not images
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -296,46 +361,118 @@ def _words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def _triples(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
-    """All numbers are one word, since another age does not make another case."""
-    words = ["0" if re.fullmatch(r"\d+", word) else word for word in words]
+def _normalize(text: str) -> str:
+    return " ".join(_words(text))
+
+
+def _triples(text: str) -> frozenset[Triple]:
+    """The word triples of a normalized text. All numbers are one word: another age does not make another case."""
+    words = ["0" if re.fullmatch(r"\d+", word) else word for word in text.split()]
     return frozenset(zip(*(words[start:] for start in range(SHINGLE)), strict=False)) or frozenset([tuple(words)])
 
 
-def _match_texts(
-    items: Sequence[Question], texts: Mapping[tuple[str, str], Text], images: Sequence[Mapping]
-) -> list[dict]:
+def _match_texts(items: Sequence[Question], stored: Stored, images: Sequence[Mapping]) -> list[dict]:
     pictures: dict[str, set[str]] = defaultdict(set)  # item to the dataset's images that show the same
     for match in images:
         for item_id in match["item_ids"]:
             pictures[item_id].add(match["dataset_image_id"])
-    by_text: dict[str, list[tuple[str, Text]]] = defaultdict(list)
-    for (split, text), found in texts.items():
-        by_text[text].append((split, found))
-    near = _find_near({" ".join(_words(item.question)) for item in items} - {""}, set(by_text) - {""})
+    asked = {item.item_id: _normalize(_question_part(item.question)) for item in items}
+    questions, answers = _by_text(stored.questions), _by_text(stored.answers)
+    similar = _find_similar(set(asked.values()) - {""}, set(questions) - {""})
+    common = _common_triples(items, stored.questions)
     matches = []
     for item in items:
-        asked = " ".join(_words(item.question))
-        similar = near.get(asked, {}) | ({asked: 1.0} if asked in by_text else {})
-        places = [(split, text, found) for text in sorted(similar) for split, found in by_text[text]]
-        for split, text, found in places:
+        for text, (kind, similarity) in sorted(similar.get(asked[item.item_id], {}).items()):
+            specific = _is_specific(asked[item.item_id], text, common)
+            for split, found in questions[text]:
+                alone = item.image is None and found.bare and kind != "contained"
+                same_image = bool(found.images & pictures[item.item_id])
+                matches.append(_text_match(item, split, found, kind, similarity, same_image, not (specific or alone)))
+        for split, found in answers.get(_normalize(item.answer), ()) if _tells_answer(item) else ():
+            often = len({image for _, other in answers[_normalize(item.answer)] for image in other.images}) > OFTEN
+            template = often or len(_words(item.answer)) < ANSWER_WORDS
             same_image = bool(found.images & pictures[item.item_id])
-            specific = (item.image is None and found.bare) or len(asked.split()) >= SPECIFIC_WORDS
-            matches.append(
-                {
-                    "item_id": item.item_id,
-                    "row_id": found.row_id,
-                    "rows": found.rows,
-                    "split": split,
-                    "kind": "exact" if text == asked else "near",
-                    "similarity": round(similar[text], 3),
-                    "same_image": same_image,
-                    "leak": split != HELD_OUT and (same_image or specific),
-                    "question": item.question,
-                    "row_question": found.text,
-                }
-            )
+            matches.append(_text_match(item, split, found, "answer", 1.0, same_image, template))
     return matches
+
+
+def _text_match(
+    item: Question, split: str, found: Text, kind: str, similarity: float, same_image: bool, template: bool
+) -> dict:
+    return {
+        "item_id": item.item_id,
+        "row_id": found.row_id,
+        "rows": found.rows,
+        "split": split,
+        "kind": kind,
+        "similarity": round(similarity, 3),
+        "same_image": same_image,
+        "template": template,
+        "leak": split != HELD_OUT and (same_image or not template),
+        "question": item.answer if kind == "answer" else item.question,
+        "row_question": found.text,
+    }
+
+
+def _tells_answer(item: Question) -> bool:
+    return item.kind == "open" and len(_words(item.answer)) >= FEWEST_WORDS
+
+
+def _by_text(texts: Texts) -> dict[str, list[tuple[str, Text]]]:
+    by_text = defaultdict(list)
+    for (split, text), found in texts.items():
+        by_text[text].append((split, found))
+    return by_text
+
+
+def _common_triples(items: Sequence[Question], texts: Texts) -> set[Triple]:
+    """Those that the dataset, or the question file, has on more than `OFTEN` images; a row without counts as one."""
+    stored = ((text, found.images or {found.row_id}) for (_, text), found in texts.items())
+    asked = ((_normalize(item.question), {item.image_id}) for item in items if item.image is not None)
+    common = set()
+    for side in (stored, asked):
+        places: dict[Triple, set[str]] = defaultdict(set)
+        for text, images in side:
+            for triple in _triples(text) - common:
+                places[triple].update(islice(images, OFTEN + 1))
+                if len(places[triple]) > OFTEN:
+                    common.add(triple)
+                    del places[triple]
+    return common
+
+
+def _is_specific(asked: str, text: str, common: set[Triple]) -> bool:
+    shared = _triples(asked) & _triples(text)
+    return len(asked.split()) >= FEWEST_WORDS and len(shared - common) >= min(RARE_TRIPLES, RARE_SHARE * len(shared))
+
+
+def _find_similar(asked: set[str], stored: set[str]) -> dict[str, dict[str, tuple[str, float]]]:
+    """For each normalized text those that are the same, nearly the same, or hold it, with kind and similarity."""
+    similar: dict[str, dict[str, tuple[str, float]]] = defaultdict(dict)
+    for text, share in _find_contained(asked, stored):
+        similar[text[0]][text[1]] = ("contained", share)
+    for one, others in _find_near(asked, stored).items():
+        similar[one] |= {other: ("near", similarity) for other, similarity in others.items()}
+    for text in asked & stored:
+        similar[text][text] = ("exact", 1.0)
+    return similar
+
+
+def _find_contained(asked: set[str], stored: set[str]) -> Iterator[tuple[tuple[str, str], float]]:
+    """Pairs of a text and one that holds it; it holds one of the rarest triples, or too many would be missing."""
+    wanted = {text: _triples(text) for text in sorted(asked) if len(text.split()) >= FEWEST_WORDS}
+    frequency = Counter(triple for triples in wanted.values() for triple in triples)
+    index: dict[Triple, list[str]] = defaultdict(list)
+    for text, triples in wanted.items():
+        rarest = sorted(triples, key=lambda triple: (frequency[triple], triple))
+        for triple in rarest[: len(triples) - math.ceil(CONTAINED * len(triples)) + 1]:
+            index[triple].append(text)
+    for other in sorted(stored) if index else ():
+        held = _triples(other)
+        for text in sorted({text for triple in held for text in index.get(triple, ())}):
+            share = len(wanted[text] & held) / len(wanted[text])
+            if share >= CONTAINED:
+                yield (text, other), share
 
 
 def _find_near(asked: set[str], stored: set[str]) -> dict[str, dict[str, float]]:
@@ -343,7 +480,7 @@ def _find_near(asked: set[str], stored: set[str]) -> dict[str, dict[str, float]]
     sides = [defaultdict(list), defaultdict(list)]
     for side, texts in zip(sides, (asked, stored), strict=True):
         for text in sorted(texts):
-            side[_triples(text.split())].append(text)
+            side[_triples(text)].append(text)
     sets = [*sides[0], *sides[1]]
     apart = Groups()  # what is of one side is not compared
     apart.join(0, *range(1, len(sides[0])))

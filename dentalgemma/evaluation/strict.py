@@ -3,7 +3,8 @@
 Frozen like `seed`: a changed rule or phrase is a new protocol. Text is read without accents ("opcion"), except "sí",
 which would become "if". In this order, the first that finds something decides:
 
-1. Reasoning (`<think>` and its like) is taken out, whether it was closed or not.
+1. Reasoning (`<think>` and its like) is taken out, whether it was closed or not, and so are asides: what ranks lower
+   ("less likely: A", "my second choice is A") and what others would choose.
 2. Declarations: a JSON answer, `<answer>`, `\\boxed{}`, and phrases ("the answer is", "me quedo con"). The last wins.
 3. A letter that opens or closes the answer: "B", "C) Impacted tooth", "[A] because".
 4. Letters that are marked as options ("option B", "(B)"), then whole option texts, when only one is left that is not
@@ -27,9 +28,10 @@ from typing import NamedTuple
 
 NOUNS = (  # what an answer is called: "<noun> … is X", "<noun>: X"
     r"answers?|ans|choice|option|selection|pick|response|solution|verdict|conclusion|diagnosis|final|letter|guess"
-    r"|(?:correct|right|best) (?:one|match|fit)|(?:correct|right)(?=:)"
+    r"|(?:correct|right|best) (?:one|match|fit)|(?:correct|right)(?=:)|(?:(?:most )?(?:likely|probable)|main) finding"
     r"|respuesta|opcion|eleccion|alternativa|seleccion|conclusion|solucion|letra|inciso|diagnostico"
     r"|(?:la|lo) correct[ao]|correct[ao](?=:)"
+    r"|hallazgo (?:mas probable|principal)"
 )
 IS = (
     r"is|would be|should be|must be|will be|has to be|seems to be|appears to be"
@@ -41,6 +43,8 @@ CHOOSE = (  # "<phrase> X" chooses X
     r"(?: that)?(?: (?:it'?s|it is|it would be|it must be))?"
     r"|\bmy (?:answer|choice|pick|guess|vote)\b|\b(?:go|going) with\b"
     r"|\b(?:(?:that|this|which) leaves|leaving|leaning)\b"
+    r"|\b(?:only|sol[oa]|solamente)"
+    r"(?= (?:la |option |la opcion )?\(?[a-z]\)? (?:can |could |puede )?(?:explain|account|explica))"
     r"|\bi (?:prefer|favou?r)\b|\b(?:choose|select|choosing|selecting)\b"
     r"|\b(?:corresponds?|corresponding|points?) (?:best )?(?:to|with)\b|\bmatch(?:es)?(?: with)?\b"
     r"|\b(?:elijo|escojo|selecciono|elegiria|escogeria|seleccionaria|opto por|optaria por|me quedo con|me inclino por"
@@ -52,14 +56,15 @@ FOLLOWS = (  # as CHOOSE, when nothing but the end of the clause or a reason fol
     r"|no(?=[,:])|(?<!anything )but|rather|actually|wait|no wait|correction|sorry|i mean|on second thoughts?"
     r"|probably|likely|most likely|definitely|clearly|certainly|finally|i'?d|looks like)\b"
     r"|\b(?:es|seria|debe ser|tiene que ser|se trata de|por tanto|por lo tanto|asi que|entonces|luego|sino|mejor dicho"
-    r"|mas bien|mejor|en realidad|corrijo|correccion|perdon|digo|probablemente|seguramente|claramente|definitivamente"
-    r"|finalmente)\b|->|=>|[→⇒]"
+    r"|mas bien|mejor|en realidad|corrijo|correccion|perdon|digo|probablemente|(?<!poco )probable|seguramente"
+    r"|claramente|definitivamente|finalmente)\b|->|=>|[→⇒]"
 )
 CORRECT = (  # "X <phrase>" chooses X
     r"(?:is|would be|seems|appears|remains|looks|fits|es|seria|parece|resulta)"
     r"(?: (?:to be|clearly|definitely|indeed|therefore|probably|thus|claramente|definitivamente|sin duda))?"
     r"(?: (?:the|my|la|el|mi|lo))?(?: (?:most|single|only|best|mas|unica|mejor))?"
     r" ?\b(?:correct|right|answer|choice|option|likely|appropriate|accurate|best|plausible|probable|consistent|true|one"
+    r"|what (?:the|this) \w+ (?:tell|show|suggest|indicate)s?"
     r"|correct[ao]|respuesta|opcion|adecuad[ao]|acertad[ao]|apropiad[ao]|indicad[ao]|verdader[ao])\b"
     r"(?! (?:wrong|incorrect|false|not|excluded|incorrecta|falsa|answer is not))"
 )
@@ -72,9 +77,10 @@ FILLER = (
 NEGATES = (  # before a choice, in its clause
     r"not|\w+n't|cannot|never|neither|nor|no|without|unlikely|doubt|whether|incorrect|wrong|false|exclud\w+"
     r"|rul(?:e|es|ed|ing) out|eliminat\w+|reject\w*|discard\w*|dismiss\w*|instead of|rather than|than|except|unlike"
-    r"|absence of|negative for|free of|if (?:the|it|option|answer)|lacks?|least|each|every|wrongly|cada"
+    r"|absence of|negative for|free of|if (?:the|it|option|answer)|lacks?|(?<!at )least|each|every|wrongly|cada"
     r"|ni|nunca|tampoco|sin|descart\w+|exclu\w+|elimin\w+|rechaz\w+|incorrect[ao]s?|fals[ao]s?|dudo|ausencia de"
-    r"|en lugar de|en vez de|salvo|excepto|poco probable|improbable|no:|si (?:la|el|fuera|es)|libre de|menos"
+    r"|en lugar de|en vez de|salvo|excepto|poco probable|improbable|no:|si (?:la|el|fuera|es)|libre de"
+    r"|(?<!al )(?<!mas o )menos"
 )
 NEGATED = (  # after a choice: "A is unlikely"
     r"incorrect|wrong|false|unlikely|(?:less|least) \w+|excluded|eliminated|ruled out|rejected|discarded|dismissed"
@@ -103,6 +109,25 @@ SURE = (  # holds a word of NEGATES and means the opposite
     r"|by (?:a |the )?(?:process of )?elimination"
     r"|sin (?:ninguna |lugar a )?dudas?|no hay dudas?(?: de que)?|no cabe dudas?(?: de que)?|no solo"
     r"|por (?:descarte|eliminacion)"
+)
+LESS_LIKELY = (  # what follows is no choice
+    r"(?:less|least|menos|poco) (?:likely|probabl[ey]s?|probablemente|plausibles?|possible|posibles?)"
+)
+RANKED_LOWER = (  # begins an aside on what is not the choice
+    r"(?:second|third|next|2nd|3rd)[ -](?:best|most)|my (?:second|third|next|other) (?:choice|option|answer|guess|pick)"
+    r"|(?:second|2nd|third|3rd|segunda|tercera) (?:choice|option|guess|pick|opcion|eleccion|alternativa)"
+    r"(?: mas probable\b|:|(?: is| would be| es| seria)?(?: option| la| la opcion)? \(?(?-i:[A-Z])\b)"
+    r"|mi (?:segunda|tercera|otra) (?:opcion|respuesta|eleccion|alternativa)|segunda mejor|en segundo lugar"
+    r"|runner-?up|close second|as an alternative|alternatively|como alternativa|alternativamente|de lo contrario"
+    r"|(?:otherwise|si no)(?=[,:]| (?:i|the|option|la|el|yo)\b| (?-i:[A-Z])\b)"
+)
+OTHERS_CHOOSE = (  # begins an aside as well: whose choice it is, and that it is one
+    r"(?:(?:many|some|most|several|others?|few|muchos|muchas|algunos|algunas|varios|otros|la mayoria(?: de)?)"
+    r"(?: (?!(?:i|we|and|or|to|then|likely|probably)\b)[^\W\d_]+){0,2}"
+    r"|an? (?:beginner|novice|student|layperson)|un (?:alumno|estudiante))"
+    r" (?:(?:would|might|may|could|will|can) (?:choose|pick|select|say|answer|guess|go for)|choose|select|say"
+    r"|(?:podrian? |suelen? )?(?:elegir(?:ian?)?|escoger(?:ian?)?|responder(?:ian?)?|marcar(?:ian?)?"
+    r"|seleccionar(?:ian?)?|eligen|responden|marcan|dicen|dirian?))"
 )
 BREAKS = r"but|however|so|therefore|thus|hence|because|whereas|while|although|sino|pero|aunque|entonces|porque|mientras"
 EXPLAINS = r"explanation|rationale|reason(?:ing|s)?|justification|explicacion|justificacion|razon(?:amiento)?|motivos?"
@@ -191,6 +216,12 @@ _NEGATED = re.compile(
     re.IGNORECASE,
 )
 _HYPOTHESIS = re.compile(r"[)\]\"'»”]*\s+(?:if|unless|only if|si)\b", re.IGNORECASE)
+_ASIDE = re.compile(  # up to the end of the sentence, and with the list that a colon announces
+    rf"(?:\b(?:(?:the|an?|una?) )?(?:{RANKED_LOWER}|{OTHERS_CHOOSE})(?!\w)"
+    rf"|(?P<kept>\b{LESS_LIKELY}(?=\s*:|,? (?:(?:is|would be|es|seria|option|la|opcion) ){{0,2}}\(?(?-i:[A-Z])\b)))"
+    r"(?:(?!\b(?:but|so|pero|asi que)\b)[^.;!?\n])*(?:(?<=:)(?:\s*[^\w\n]*(?-i:[A-Z])[).:][^\n]*)+)?",
+    re.IGNORECASE,
+)
 _SURE = re.compile(rf"\b(?:{SURE})\b", re.IGNORECASE)
 _BREAK = re.compile(BREAKS, re.IGNORECASE)
 _CLAUSE = re.compile(rf"[.;!?\n,:]|\b(?:{BREAKS})\b", re.IGNORECASE)
@@ -214,7 +245,6 @@ class Answer:
     """An answer made ready to be read, with the texts of the options and where its clauses begin."""
 
     def __init__(self, text: str, options: Mapping[str, str], *, quoted: bool = False) -> None:
-        self.text = text
         self.options = options
         self.quoted = quoted  # it stood in a tag, a box or JSON itself, and those are not read twice
         self.by_text: dict[str, list[str]] = {}
@@ -226,7 +256,21 @@ class Answer:
         alternatives = "|".join(r"\s+".join(map(re.escape, words.split())) for words in spelled)
         number = r"(?<!\d[.,])"  # "3" is not in "3.5"
         self.any_text = re.compile(rf"(?<![^\W_]){number}(?:{alternatives or '(?!)'})(?![^\W_]|[.,]\d)", re.IGNORECASE)
+        self.text = text = self.without_asides(text)
         self.clauses = [0, *(match.end() for match in _CLAUSE.finditer(text))]
+
+    def without_asides(self, text: str) -> str:
+        """The text without its asides; that options are less likely is kept, for what stands before it."""
+        kept, start = [], 0
+        for match in _ASIDE.finditer(text):
+            if match.start() < start:
+                continue
+            kept += [text[start : match.start()], f"{match['kept']}:" if match["kept"] else ""]
+            start = match.end()
+            own = self.any_text.match(text, _skip(text, start))  # "My second choice is A. Dental caries"
+            if own and text[start - 1].isupper():
+                start = own.end()
+        return "".join([*kept, text[start:]])
 
     def letters_of(self, mention: str) -> list[str]:
         """The letters of the options with this text."""

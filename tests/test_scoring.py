@@ -20,6 +20,7 @@ from dentalgemma.evaluation.scoring import (
     score_predictions,
     score_run,
 )
+from dentalgemma.evaluation.statistics import bootstrap_interval
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden_stats.json").read_text("utf-8"))
 # The published intervals, in percent, and combined scores; 38 of 491 closed items have an empty option, 32 as the key.
@@ -150,7 +151,62 @@ def test_questions_whose_right_option_is_empty_lower_the_ceiling_to_459_of_491(t
     assert closed["answerable"] == closed["answerable"] | {"n": 459, "correct": 200}
     assert closed["bounds"]["answerable_only"] == {"n": 459, "accuracy": 200 / 459}
     assert closed["accuracy"] == 200 / 491
+    assert (closed["unreachable"], closed["right_unshown"]) == (0, 0)
     assert closed["chance"] == pytest.approx((453 / 4 + 6 / 3) / 491)  # no guess among the options shown is right
+
+
+def test_right_answers_by_the_letter_of_an_option_that_was_never_shown_are_counted(tmp_path):
+    questions = [closed_item(n, options=OPTIONS | ({"A": " "} if n < 3 else {})) for n in range(6)]
+
+    closed = score_predictions(write(tmp_path / "p.jsonl", answers("AABAAB")), write(tmp_path / "q.jsonl", questions))[
+        "closed"
+    ]
+
+    assert (closed["correct"], closed["right_unshown"], closed["answerable"]["correct"]) == (4, 2, 2)
+    assert closed["accuracy"] > closed["ceiling"] == 0.5  # by content
+
+
+def test_a_right_letter_that_the_protocol_does_not_read_is_counted_and_said(tmp_path):
+    five = OPTIONS | {"E": "A cyst."}
+    items = [closed_item(n, options=five, answer="A" if n == 2 else "E") for n in range(4)]
+    items[3]["options"] = five | {"E": ""}  # nobody can answer it, however it is read
+    questions = write(tmp_path / "q.jsonl", items)
+    lines = answers("EEAA")
+    run = write(tmp_path / "p.jsonl", lines)
+    # The other tool showed the right one as A.
+    shown = {"A": "A cyst.", "B": "Caries.", "C": "An impacted tooth.", "D": "Periapical infection."}
+    other = write(tmp_path / "o.jsonl", [lines[0] | {"output": "A", "options_shown": shown}, *lines[1:]])
+    scored = write(tmp_path / "s.jsonl", [line | {"mode": "loglikelihood", "letter": "E"} for line in lines])
+
+    result = score_predictions(run, questions)
+
+    closed = result["closed"]
+    assert (closed["correct"], closed["unreachable"], closed["ceiling"]) == (1, 2, 0.25)
+    assert "2 closed questions, for example c0, have a right letter that the extraction seed/1" in result["warnings"][0]
+    assert format_comparison(compare_predictions(run, run, questions)).count("warning: 2 closed questions") == 1
+    for path, protocol, unreachable in (
+        (run, "strict", 0),
+        (run, "official", 0),
+        (scored, "seed", 0),
+        (other, "seed", 1),
+    ):
+        again = score_predictions(path, questions, protocol=protocol)["closed"]
+        assert (again["unreachable"], again["ceiling"]) == (unreachable, 0.75 - unreachable / 4)
+
+
+def test_letters_that_were_drawn_are_no_right_answers_and_no_headline_of_official(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(n) for n in range(40)])
+    run = write(tmp_path / "p.jsonl", answers([""] * 40))
+
+    drawn = score_predictions(run, questions, protocol="official")["closed"]
+
+    assert drawn["correct"] > 0
+    assert drawn["bounds"]["failures_wrong"] == {"n": 40, "accuracy": 0}
+    assert drawn["bounds"]["failures_at_chance"] == {"n": 40, "accuracy": 0.25}
+    assert drawn["headline"] is None
+    for protocol in ("seed", "strict"):
+        closed = score_predictions(run, questions, protocol=protocol)["closed"]
+        assert closed["accuracy"] == closed["bounds"][closed["headline"]]["accuracy"] == 0
 
 
 def test_the_published_comparison_is_reproduced(published):
@@ -166,6 +222,7 @@ def test_the_published_comparison_is_reproduced(published):
     # golden_stats.json gives the standard error of the difference; the normal interval is the oracle.
     assert low == pytest.approx(pair["difference"] - 1.96 * 0.022670342813050946, abs=0.006)
     assert high == pytest.approx(pair["difference"] + 1.96 * 0.022670342813050946, abs=0.006)
+    assert pair["detectable_difference"]["discordance"] == pytest.approx((44 + 83) / 491)
     assert (result["open"], result["combined"]) == (None, None)
     text = format_comparison(result)
     assert "18.33 %" in text
@@ -187,6 +244,60 @@ def test_all_pairs_are_compared_and_their_p_values_corrected_by_holm(benchmark):
         oracle = multipletests([pair["mcnemar_p"] for pair in pairs], method="holm")[1]
         assert [pair["holm_p"] for pair in pairs] == pytest.approx(oracle)
     assert "Holm p" in format_comparison(result)
+
+
+def test_holm_corrects_over_all_pairs_of_four_runs_and_the_detectable_effect_with_it(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(n) for n in range(60)])
+    runs = []
+    for right in (10, 18, 26, 33):
+        path = write(tmp_path / f"{right}.jsonl", answers("A" * right + "B" * (60 - right)))
+        runs.append(read_run(path, questions))
+    from statsmodels.stats.multitest import multipletests
+
+    pairs = [comparison["closed"] for comparison in compare_all(runs, draws=100)["pairs"]]
+
+    # The last pair differs in 7 items one way, p = 2 / 2^7, which is corrected last: it keeps its p, or takes a larger.
+    assert pairs[-1]["mcnemar_p"] == 2 / 2**7
+    oracle = multipletests([pair["mcnemar_p"] for pair in pairs], method="holm")[1]
+    assert [pair["holm_p"] for pair in pairs] == pytest.approx(oracle)
+    # Of six pairs the smallest p counts six times: 6 · 2 / 2^7 > 0.05 > 6 · 2 / 2^8. Alone, six flips are enough.
+    for pair in pairs:
+        assert pair["minimum_detectable_effect"] == {"items": 6, "points": 6 / 60}
+        assert pair["minimum_detectable_effect_holm"] == {"items": 8, "points": 8 / 60}
+
+
+def test_a_part_that_was_lost_has_a_negative_difference(tmp_path):
+    items = [
+        closed_item(n, categories=["lost"] if n < 4 else ["kept"], language="es" if n < 4 else "en") for n in range(8)
+    ]
+    questions = write(tmp_path / "q.jsonl", items)
+    a, b = (write(tmp_path / f"{name}.jsonl", answers(own)) for name, own in (("a", "AAABAABB"), ("b", "ABBBAABB")))
+
+    pair = compare_predictions(a, b, questions)["closed"]
+
+    lost = pair["per_category"]["lost"]
+    assert lost == {"n": 4, "a": 0.75, "b": 0.25, "difference": -0.5, "only_a": 2, "only_b": 0, "mcnemar_p": 0.5}
+    assert pair["per_category"]["kept"]["difference"] == 0
+    assert pair["per_language"]["es"] == lost
+    assert pair["difference"] == -0.25
+
+
+def test_servers_that_did_not_decode_all_answers_in_one_way_are_told(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(n) for n in range(4)])
+    seeded, unseeded = ({"server": {"honoured": own}} for own in ({"temperature": 0, "seed": 0}, {"temperature": 0}))
+    lines = answers("AAAB", **seeded)
+    one = write(tmp_path / "one.jsonl", lines)
+    two = write(tmp_path / "two.jsonl", [*lines[:3], lines[3] | unseeded])
+
+    assert score_predictions(one, questions)["warnings"] == []
+    assert "did not decode all answers in one way" in score_predictions(two, questions)["warnings"][0]
+    result = compare_predictions(one, two, questions)
+    assert result["settings_that_differ"] == ["honoured"]
+    assert result["b"]["honoured"] == {"closed": [seeded["server"]["honoured"], unseeded["server"]["honoured"]]}
+    assert "warning: two: the server did not decode" in format_comparison(result)
+    hot = write(tmp_path / "hot.jsonl", [line | {"generation": {"temperature": n}} for n, line in enumerate(lines)])
+    with pytest.raises(EvaluationError, match="mixes generation"):
+        read_run(hot, questions)
 
 
 def test_settings_that_differ_between_two_runs_are_named(tmp_path):
@@ -263,6 +374,43 @@ def test_questions_without_image_stand_each_for_itself(tmp_path):
     assert closed["clustering"] == {"icc": None, "design_effect": None, "mean_cluster_size": 1}
 
 
+def test_translations_of_a_question_without_image_are_resampled_together(tmp_path):
+    items = [closed_item(n, pair_id=f"p{n // 2}") for n in range(20)]
+    outputs = "AABB" * 5
+
+    closed = score_predictions(write(tmp_path / "p.jsonl", answers(outputs)), write(tmp_path / "q.jsonl", items))[
+        "closed"
+    ]
+
+    right = [letter == "A" for letter in outputs]
+    assert closed["interval_by_image"] == list(bootstrap_interval(right, [n // 2 for n in range(20)]))
+    assert closed["interval_by_image"] != closed["interval_by_question"]
+    assert (closed["n_clusters"], closed["clustering"]["icc"]) == (10, 1)
+
+
+def test_images_of_one_patient_are_resampled_together_and_it_is_said(tmp_path):
+    """Two images a patient, two questions an image; all four answers about a patient are alike."""
+    items = [closed_item(n, image_id=f"i{n // 2}", group_id=f"g{n // 4}") for n in range(48)]
+    outputs = "AAAABBBB" * 6
+    questions = write(tmp_path / "q.jsonl", items)
+    a = write(tmp_path / "a.jsonl", answers(outputs))
+    b = write(tmp_path / "b.jsonl", answers("B" * 48))
+
+    closed = score_predictions(a, questions)["closed"]
+    pair = compare_predictions(a, b, questions)
+
+    right = np.array([letter == "A" for letter in outputs])
+    patients = [n // 4 for n in range(48)]
+    assert (closed["clusters"], closed["n_clusters"], closed["images_asked"]) == ("group", 12, 24)
+    assert closed["interval_by_image"] == list(bootstrap_interval(right, patients))
+    assert closed["clustering"]["mean_cluster_size"] == 4
+    assert pair["closed"]["difference_by_image"] == list(bootstrap_interval(-right.astype(int), patients))
+    assert "(bootstrap by group)" in format_comparison(pair)
+    # Where each patient has one image, images are what is resampled.
+    single = [item | {"group_id": item["image_id"]} for item in items]
+    assert score_predictions(a, write(tmp_path / "s.jsonl", single))["closed"]["clusters"] == "image"
+
+
 def test_neither_order_of_lines_changes_a_figure(tmp_path):
     rng = random.Random(1)
     questions = [closed_item(n, image_id=f"i{n % 7}", categories=["x", "y"][: n % 3]) for n in range(60)]
@@ -288,7 +436,10 @@ def test_judge_errors_and_missing_verdicts_are_counted_and_left_out_of_both_side
     open_ = result["open"]
 
     assert (open_["n"], open_["judged"], open_["judge_errors"], open_["not_judged"]) == (6, 4, 1, 1)
-    assert (open_["correct"], open_["accuracy"]) == (3, 0.75)
+    assert (open_["correct"], open_["accuracy"], open_["complete"]) == (3, 0.75, False)
+    assert open_["bounds"] == {
+        "errors_wrong": {"n": 5, "accuracy": 3 / 5}, "errors_right": {"n": 5, "accuracy": 4 / 5}
+    }  # fmt: skip
     assert (result["combined"]["n"], result["combined"]["correct"]) == (5, 4)
     assert open_["judge"] == open_["judge"] | {"model": "stub", "errors": 1, "seconds": 2.5}
     assert open_["judge"]["cost_usd"] == pytest.approx(0.005)
@@ -304,8 +455,50 @@ def test_open_answers_that_nobody_judged_have_no_accuracy_rather_than_one_of_zer
 
     assert (result["closed"], result["combined"]) == (None, None)
     assert result["open"] == result["open"] | {"n": 3, "judged": 0, "not_judged": 3, "accuracy": None, "judge": None}
+    assert (result["open"]["complete"], result["open"]["bounds"]["errors_right"]["accuracy"]) == (False, None)
+    assert "3 of 3 open answers have no verdict" in result["warnings"][0]
+    with pytest.raises(EvaluationError, match=r"nothing to compare.*`dentalgemma judge`.*--verdicts"):
+        compare_predictions(tmp_path / "p.jsonl", tmp_path / "p.jsonl", questions)
+
+
+def test_open_questions_without_verdict_are_said_where_the_closed_ones_are_compared(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(0), *(open_item(n) for n in range(30))])
+    lines = answers("A") + answers(["Caries."] * 30, start="o")
+    run = write(tmp_path / "p.jsonl", lines)
+
+    silent = compare_predictions(run, run, questions)
+
+    assert silent["open"] is None
+    assert silent["left_out"]["closed"] == {"not_judged": 0, "judge_errors": 0}
+    assert silent["left_out"]["open"] == {"not_judged": 30, "judge_errors": 0}
+    assert "30 open questions not judged: not compared" in format_comparison(silent)
     with pytest.raises(EvaluationError, match="no open answers to compare"):
-        is_worse(compare_predictions(tmp_path / "p.jsonl", tmp_path / "p.jsonl", questions), kind="open")
+        is_worse(silent, kind="open")
+    # The third is all that both judged; the first two have an error on one side at least, the others no verdict.
+    some = judge_all(tmp_path / "v.jsonl", questions, lines, ["correct", "judge_error", "correct", "correct"])
+    fewer = judge_all(tmp_path / "w.jsonl", questions, lines, ["judge_error", "judge_error", "incorrect"])
+    both = compare_predictions(run, run, questions, verdicts=(some, fewer))
+    assert (both["open"]["n"], both["open"]["left_out"]) == (1, 29)
+    assert both["left_out"]["open"] == {"not_judged": 27, "judge_errors": 2}
+    assert both["left_out"]["combined"] == both["left_out"]["open"]
+    assert "2 open questions whose judge could not be read: not compared" in format_comparison(both)
+
+
+def test_a_comparison_and_scores_name_the_files_that_they_are_of(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(0), open_item(0), open_item(1)])
+    lines = answers("A") + answers("xy", start="o")
+    run = write(tmp_path / "p.jsonl", lines)
+    verdicts = judge_all(tmp_path / "v.jsonl", questions, lines, ["correct", "incorrect"])
+
+    scores = score_predictions(run, questions, verdicts=verdicts)
+    pair = compare_predictions(run, run, questions, verdicts=(verdicts, None))
+
+    of_run, of_verdicts = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (run, verdicts))
+    assert (scores["predictions_sha256"], scores["verdicts_sha256"]) == (of_run, of_verdicts)
+    assert (pair["a"]["predictions_sha256"], pair["a"]["verdicts_sha256"]) == (of_run, of_verdicts)
+    assert pair["b"]["verdicts_sha256"] is None
+    assert scores["open"]["complete"] is True
+    assert scores["warnings"] == []
 
 
 def test_a_verdict_on_another_answer_or_question_is_refused_by_its_item(tmp_path):
@@ -319,15 +512,33 @@ def test_a_verdict_on_another_answer_or_question_is_refused_by_its_item(tmp_path
         ({"answer_sha256": "0" * 64}, "verdict on o1 is about another answer"),
         ({"item_hash": "0"}, "verdict on o1 is about another question"),
         ({"item_id": "o9"}, "judges item o9, which is no open question"),
+        ({"reference_sha256": "0" * 64}, "verdict on o1 was given by another reference"),
         ({"judge": verdicts[0]["judge"] | {"model": "other"}}, "mixes judge's model"),
+        ({"judge": verdicts[0]["judge"] | {"api": "anthropic"}}, "mixes judge's api"),
+        ({"judge": verdicts[0]["judge"] | {"requested": {"temperature": 1}}}, "mixes judge's requested"),
+        ({"judge": None}, "mixes judge's"),
     ):
         bad = write(tmp_path / "bad.jsonl", [verdicts[0], verdicts[1] | change, verdicts[2]])
         with pytest.raises(EvaluationError, match=reason):
             read_run(run, questions, verdicts=bad)
-    read_run(run, questions, verdicts=good)
-    other = judge_all(tmp_path / "w.jsonl", questions, lines, ["correct"] * 3, prompt_sha256="0" * 64)
-    with pytest.raises(EvaluationError, match="judge both alike"):
-        compare_predictions(run, run, questions, verdicts=(good, other))
+    same = {"reference_sha256": hashlib.sha256(b"Caries of 36.").hexdigest()}
+    read_run(run, questions, verdicts=write(tmp_path / "same.jsonl", [verdict | same for verdict in verdicts]))
+    for judge in ({"prompt_sha256": "0" * 64}, {"api": "anthropic"}, {"model": "other"}):
+        other = judge_all(tmp_path / "w.jsonl", questions, lines, ["correct"] * 3, **judge)
+        with pytest.raises(EvaluationError, match="judge both alike"):
+            compare_predictions(run, run, questions, verdicts=(good, other))
+
+
+def test_one_verdict_without_a_price_leaves_no_sum(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [open_item(n) for n in range(3)])
+    lines = answers("xyz", start="o")
+    run = write(tmp_path / "p.jsonl", lines)
+    judged = judge_all(tmp_path / "v.jsonl", questions, lines, ["correct"] * 3)
+    verdicts = [json.loads(line) for line in judged.read_text().splitlines()]
+    unknown = write(tmp_path / "w.jsonl", [verdicts[0] | {"cost_usd": None}, *verdicts[1:]])
+
+    assert score_predictions(run, questions, verdicts=judged)["open"]["judge"]["cost_usd"] == pytest.approx(0.003)
+    assert score_predictions(run, questions, verdicts=unknown)["open"]["judge"]["cost_usd"] is None
 
 
 def test_predictions_that_do_not_fit_are_refused_with_the_reason(published, tmp_path):
@@ -355,6 +566,8 @@ def test_predictions_that_do_not_fit_are_refused_with_the_reason(published, tmp_
             score_predictions(path, questions)
     with pytest.raises(EvaluationError, match="cannot be compared"):
         compare_predictions(scored, b, questions)
+    with pytest.raises(EvaluationError, match="read by protocol seed, b by strict"):
+        compare_runs(read_run(a, questions), read_run(b, questions, protocol="strict"))
     with pytest.raises(EvaluationError, match="each of its own name"):
         compare_all([read_run(a, questions), read_run(a, questions)])
     with pytest.raises(EvaluationError, match="no extraction protocol 'regex'"):
@@ -396,11 +609,13 @@ def test_latency_leaves_the_warm_up_out_and_dates_are_told_in_utc(tmp_path):
     for n, line in enumerate(lines):
         line |= {"latency_ms": [9000, 9000, 100, 300][n], "warm_up": n < 2}
         line |= {"answered_at": f"2026-01-01T0{n}:00:00+02:00"} if n else {"answered_at": "2026-01-01T00:00:00"}
-    questions = write(tmp_path / "q.jsonl", [closed_item(n) for n in range(4)])
+    # In UTC this is in the year 10000, which no date has.
+    lines.append(lines[0] | {"item_id": "c4", "answered_at": "9999-12-31T23:59:59-14:00"})
+    questions = write(tmp_path / "q.jsonl", [closed_item(n) for n in range(5)])
 
     result = score_predictions(write(tmp_path / "p.jsonl", lines), questions)
 
-    assert result["latency"] == result["latency"] | {"n": 2, "median_ms": 200, "warm_up_excluded": 2}
+    assert result["latency"] == result["latency"] | {"n": 2, "median_ms": 200, "warm_up_excluded": 3}
     assert result["latency"]["p95_ms"] == pytest.approx(290)
     assert (result["latency"]["hardware"], result["latency"]["batch_size"]) == ("card", 2)
     # The first line's time has no zone: it cannot be ordered, and does not count as a date.
@@ -417,12 +632,76 @@ def test_a_loss_counts_as_worse_only_when_it_can_be_told_from_chance(tmp_path):
 
     # Five one-way flips give p = 0.0625, six give 0.031.
     assert is_worse(compare_predictions(whole, five, questions)) is None
-    assert "-6.00 points on 100 closed questions" in is_worse(compare_predictions(whole, six, questions))
+    reason = is_worse(compare_predictions(whole, six, questions))
+    assert reason.startswith("six is worse than whole by -6.00 points on 100 closed questions")
+    # A p of just alpha is not below it.
+    assert is_worse(compare_predictions(whole, six, questions), alpha=2 / 2**6) is None
     assert is_worse(compare_predictions(six, whole, questions)) is None
     # With a margin the better run passes, and a loss of six points cannot be shown to be at most two.
     assert is_worse(compare_predictions(six, whole, questions), margin=0.02) is None
-    assert "more than 2 points" in is_worse(compare_predictions(whole, five, questions), margin=0.02)
+    reason = is_worse(compare_predictions(whole, five, questions), margin=0.02)
+    assert reason.startswith("five may be worse than whole by more than 2 points")
     assert is_worse(compare_predictions(whole, five, questions), margin=0.15) is None
+
+
+def test_a_loss_of_just_the_margin_passes_whatever_floats_make_of_it(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(n, image_id=f"i{n}") for n in range(20)])
+    a, b = (write(tmp_path / f"{name}.jsonl", answers(own)) for name, own in (("a", "A" * 20), ("b", "A" * 19 + "B")))
+    document = compare_predictions(a, b, questions)
+    low = -(0.1 + 0.2)  # a little below -0.3
+    document["closed"] |= {"difference_by_image": [low, 0.0]}
+
+    assert low < -0.3
+    assert is_worse(document, margin=0.3) is None
+    assert is_worse(document, margin=0.299)
+
+
+@pytest.mark.parametrize(
+    ("n", "images", "margin", "reason"),
+    [
+        pytest.param(2, 2, 0.02, "too few to tell", id="two answers"),
+        pytest.param(90, 9, 0.9, "about 9 images, not 10", id="nine images"),
+        pytest.param(100, 100, 0.02, "excludes no loss of up to 2.95 points", id="rule of three"),
+        pytest.param(100, 100, 0.03, None, id="enough"),
+    ],
+)
+def test_answers_that_never_differ_show_no_more_than_their_number_can(tmp_path, n, images, margin, reason):
+    """Resampling gives [0, 0] for the difference of equal answers, however few they are."""
+    questions = write(tmp_path / "q.jsonl", [closed_item(k, image_id=f"i{k % images}") for k in range(n)])
+    run = write(tmp_path / "p.jsonl", answers("AB" * (n // 2)))
+
+    document = compare_predictions(run, run, questions)
+    found = is_worse(document, margin=margin)
+
+    assert document["closed"]["difference_by_image"] == [0, 0]
+    assert is_worse(document) is None
+    assert (found is None) if reason is None else (reason in found and "too few to tell" in found)
+
+
+def test_one_gain_is_no_proof_that_nothing_is_lost_and_many_are(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [closed_item(n, image_id=f"i{n}") for n in range(100)])
+    before, one, many = (
+        write(tmp_path / f"{right}.jsonl", answers("A" * right + "B" * (100 - right))) for right in (60, 61, 66)
+    )
+
+    assert "too few to tell" in is_worse(compare_predictions(before, one, questions), margin=0.02)
+    assert is_worse(compare_predictions(before, many, questions), margin=0.02) is None
+
+
+def test_a_loss_over_closed_and_open_questions_together_can_be_asked_for(tmp_path):
+    """Four closed and four open answers lost: neither is significant alone, p = 0.125, but all eight are, 0.0078."""
+    questions = write(tmp_path / "q.jsonl", [*(closed_item(n) for n in range(10)), *(open_item(n) for n in range(10))])
+    runs, judged = [], []
+    for name, lost in (("before", 0), ("after", 4)):
+        lines = answers("B" * lost + "A" * (10 - lost)) + answers(["x"] * 10, start="o")
+        runs.append(write(tmp_path / f"{name}.jsonl", lines))
+        verdicts = ["incorrect"] * lost + ["correct"] * (10 - lost)
+        judged.append(judge_all(tmp_path / f"{name}_verdicts.jsonl", questions, lines, verdicts))
+
+    document = compare_predictions(*runs, questions, verdicts=tuple(judged))
+
+    assert [is_worse(document, kind=kind) for kind in ("closed", "open")] == [None, None]
+    assert "-40.00 points on 20 combined questions" in is_worse(document, kind="combined")
 
 
 def test_every_protocol_is_scored_on_the_same_answers_and_their_agreement_told(tmp_path):
@@ -441,6 +720,9 @@ def test_every_protocol_is_scored_on_the_same_answers_and_their_agreement_told(t
     table = agreement["seed_by_strict"]
     assert np.sum(table["counts"]) == 5
     assert table["letters"][-1] is None
+    # Rows are seed's letters: it reads A out of "It is not A", where strict reads none, and never the other way round.
+    first, none = table["letters"].index("A"), table["letters"].index(None)
+    assert (table["counts"][first][none], table["counts"][none][first]) == (1, 0)
     # The literal protocol reads a letter out of "It is not A" and "vitamin D", a careful one does not.
     assert closed["protocols"]["seed"]["correct"] == 3
     assert closed["protocols"]["strict"]["correct"] == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import beta, bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -18,6 +18,7 @@ from dentalgemma.evaluation.statistics import (
     mcnemar_power,
     minimum_detectable_effect,
     paired_counts,
+    unseen_loss,
     wilson_interval,
 )
 
@@ -147,6 +148,10 @@ def test_six_one_way_flips_are_the_least_that_can_be_significant(n, items, point
     assert mcnemar([[0, 0], [items, 0]]).pvalue < 0.05 < mcnemar([[0, 0], [items - 1, 0]]).pvalue
 
 
+def test_six_questions_show_only_that_all_of_them_changed():
+    assert minimum_detectable_effect(6) == (6, 1.0)
+
+
 def test_five_questions_can_show_nothing():
     assert minimum_detectable_effect(5) is None
     assert minimum_detectable_effect(20, alpha=0.001).items == 11  # 2 / 2^11 is the first below 0.001
@@ -170,6 +175,27 @@ def test_a_detectable_difference_is_about_that_of_the_normal_approximation():
     assert mcnemar_power(491, (0.26 - difference) / 2, (0.26 + difference) / 2) >= 0.8
     assert detectable_difference(491, 0.0) is None
     assert detectable_difference(40, 0.1) is None  # even four one-way flips would show nothing
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(49, 8), (22, 15), (200, 57)])
+def test_no_item_is_lost_to_floats_on_the_way_to_a_detectable_difference(n, discordant):
+    """(8 / 49) * 49 is a little less than 8: with one of the discordant items missing, power falls short."""
+    powers = {  # of all one-way splits in whole items, from the distribution of the test itself
+        items: mcnemar_power(n, (discordant - items) / (2 * n), (discordant + items) / (2 * n))
+        for items in range(1, discordant + 1)
+    }
+
+    smallest = min(items for items, power in powers.items() if power >= 0.8)
+
+    assert detectable_difference(n, discordant / n) == pytest.approx(smallest / n)
+
+
+def test_where_nothing_was_lost_the_rule_of_three_says_what_may_have_been():
+    # One-sided 95 % after Clopper and Pearson: 0.95 = 1 - (1 - p)^n. Hanley and Lippman-Hand, JAMA 249 (1983): 3 / n.
+    assert unseen_loss(100, 0) == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert unseen_loss(100, 0) == pytest.approx(3 / 100, abs=0.001)
+    # 6 of 100 are gained: that is at least 2.65 % (beta distribution), which is set against the loss.
+    assert unseen_loss(100, 6) == pytest.approx(1 - 0.05**0.01 - beta.ppf(0.05, 6, 95))
 
 
 def test_at_an_icc_of_a_tenth_the_half_width_grows_from_4_39_to_5_17_points():

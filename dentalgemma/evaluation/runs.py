@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,46 @@ from dentalgemma.evaluation.questions import (
     questions_sha256,
     read_predictions,
 )
-from dentalgemma.evaluation.statistics import wilson_interval
+from dentalgemma.evaluation.statistics import bootstrap_interval, wilson_interval
 
 SAME_FOR_ALL = ("model", "weights", "dtype", "mode", "images", "image_fit", "system_prompt")
 SAME_FOR_A_KIND = ("protocol", "generation")  # an open question is put otherwise, and its answer may be longer
-SAME_JUDGE = ("model", "api", "prompt_sha256")
+SAME_JUDGE = ("model", "api", "prompt_sha256", "requested")
 RIGHT = {"correct": True, "incorrect": False}  # any other verdict, or none, leaves it open
 DRAWN = "random_letter"  # the method of a letter that protocol `official` draws where it reads none
+
+
+class Clusters(NamedTuple):
+    """What is resampled as one: `labels` say of each question where it belongs, `by` whether to an image or a group."""
+
+    by: Literal["image", "group"]
+    labels: list[str]
+
+    @property
+    def n(self) -> int:
+        return len(set(self.labels))
+
+
+def cluster_items(items: Sequence[Question]) -> Clusters:
+    """The image of each question; without one the questions that it is a translation of, or it stands for itself.
+
+    Where a group, a patient's, holds several images, these are no more independent than the questions about one: then
+    the whole group counts as one.
+    """
+    images: dict[str, set[str]] = {}
+    for item in items:
+        if item.group_id and item.image_id:
+            images.setdefault(item.group_id, set()).add(item.image_id)
+    by = "group" if any(len(own) > 1 for own in images.values()) else "image"
+    return Clusters(by, [_cluster(item, by) for item in items])
+
+
+def _cluster(item: Question, by: str) -> str:
+    if by == "group" and item.group_id:
+        return f"group {item.group_id}"
+    if item.image_id:
+        return f"image {item.image_id}"
+    return f"pair {item.pair_id}" if item.pair_id else f"item {item.item_id}"
 
 
 class Answered(NamedTuple):
@@ -37,9 +70,8 @@ class Answered(NamedTuple):
     correct: np.ndarray
 
     @property
-    def images(self) -> list[str]:
-        """The image of each question, for resampling; a question without one stands for itself."""
-        return [item.image_id or f"item {item.item_id}" for item in self.items]
+    def clusters(self) -> Clusters:
+        return cluster_items(self.items)
 
 
 @dataclass(frozen=True)
@@ -62,6 +94,7 @@ class Run:
     protocol: str
     questions_sha256: str
     predictions_sha256: str
+    verdicts_sha256: str | None = None
 
     @property
     def extraction(self) -> str | None:
@@ -75,6 +108,16 @@ class Run:
         """The questions of these kinds whose outcome is known, closed ones before open ones."""
         items = [item for kind in kinds for item in self.asked(kind) if self.outcomes[item.item_id] is not None]
         return Answered(items, np.array([self.outcomes[item.item_id] for item in items], dtype=bool))
+
+    def unreachable(self) -> list[str]:
+        """The closed questions whose right letter, given alone, is not read as such: `seed` reads A to D only.
+
+        Questions whose right option is empty are not among them: these nobody can answer, however they are read.
+        """
+        if self.settings["mode"] == "loglikelihood":
+            return []
+        asked = [item for item in self.asked("closed") if item.answerable]
+        return [item.item_id for item in asked if not _reaches(self.lines[item.item_id], item, self.protocol)]
 
     def read_again(self, protocol: str) -> dict[str, Extraction]:
         """The closed answers as another protocol reads them; none where options were scored and no text was written."""
@@ -97,7 +140,7 @@ def read_run(
 
     Raises:
         EvaluationError: when items are missing, foreign, asked differently or answered under different settings, when
-            a verdict is about another answer, or two judges judged.
+            a verdict is about another answer or reference, or two judges judged.
     """
     predictions, questions = Path(predictions), Path(questions)
     if protocol not in PROTOCOLS:
@@ -122,6 +165,7 @@ def read_run(
         protocol=protocol,
         questions_sha256=questions_sha256(items),
         predictions_sha256=hashlib.sha256(predictions.read_bytes()).hexdigest(),
+        verdicts_sha256=hashlib.sha256(Path(verdicts).read_bytes()).hexdigest() if verdicts else None,
     )
 
 
@@ -138,6 +182,14 @@ def _read(line: Mapping, item: Question, protocol: str) -> Extraction:
         return read
     words = shown[read.letter].split()
     return read._replace(letter=next((own for own, text in item.options.items() if text.split() == words), None))
+
+
+def _reaches(line: Mapping, item: Question, protocol: str) -> bool:
+    """Whether an answer that is the right letter alone, as it was shown, is read as right."""
+    shown = line.get("options_shown") or item.options
+    words = item.options[item.answer].split()
+    letters = [item.answer] if shown is item.options else [own for own, text in shown.items() if text.split() == words]
+    return any(_read({**line, "output": letter}, item, protocol).letter == item.answer for letter in letters)
 
 
 def _check_items(predictions: Path, questions: Path, items: Sequence[Question], lines: Mapping[str, Mapping]) -> None:
@@ -169,12 +221,19 @@ def _check_verdicts(
     path: Path, verdicts: Mapping[str, Mapping], items: Sequence[Question], lines: Mapping[str, Mapping]
 ) -> None:
     """A verdict belongs to a run only if it was given on this very answer to this very question."""
-    hashes = {item.item_id: item.item_hash for item in items if item.kind == "open"}
+    asked = {item.item_id: item for item in items if item.kind == "open"}
     for item_id, verdict in verdicts.items():
-        if item_id not in hashes:
+        if item_id not in asked:
             raise EvaluationError(f"{path} judges item {item_id}, which is no open question of these")
-        if verdict.get("item_hash") != hashes[item_id]:
+        if verdict.get("item_hash") != asked[item_id].item_hash:
             raise EvaluationError(f"{path}: the verdict on {item_id} is about another question; judge again")
+        # The hash of the item is that of what a model is shown, which leaves the reference out.
+        reference = hashlib.sha256(asked[item_id].answer.encode()).hexdigest()
+        if verdict.get("reference_sha256", reference) != reference:
+            raise EvaluationError(
+                f"{path}: the verdict on {item_id} was given by another reference answer than the questions have now; "
+                "judge again"
+            )
         answer = hashlib.sha256((lines[item_id].get("output") or "").encode(errors="surrogatepass")).hexdigest()
         if verdict.get("answer_sha256") != answer:
             raise EvaluationError(
@@ -183,7 +242,11 @@ def _check_verdicts(
 
 
 def _settings(predictions: Path, items: Sequence[Question], lines: Mapping[str, Mapping]) -> dict:
-    """What all lines have in common; hardware and batch size may change where a run went on elsewhere."""
+    """What all lines have in common; hardware and batch size may change where a run went on elsewhere.
+
+    `honoured` holds, for each kind of question, what servers took of the parameters asked for: several entries where
+    they did not take the same for all, so that the answers were not decoded in one way.
+    """
     answers = list(lines.values())
     settings = {name: _common(predictions, answers, name) for name in SAME_FOR_ALL}
     for name in SAME_FOR_A_KIND:
@@ -193,7 +256,18 @@ def _settings(predictions: Path, items: Sequence[Question], lines: Mapping[str, 
             if of_kind:
                 kinds[kind] = _common(predictions, of_kind, name)
         settings[name] = kinds
+    settings["honoured"] = {
+        kind: ways
+        for kind in ("closed", "open")
+        if (ways := _honoured(lines[item.item_id] for item in items if item.kind == kind))
+    }
     return settings | {name: list_values(answers, name) for name in ("hardware", "batch_size")}
+
+
+def _honoured(lines: Iterable[Mapping]) -> list[dict]:
+    servers = [line["server"] for line in lines if isinstance(line.get("server"), Mapping)]
+    ways = {json.dumps(server["honoured"], sort_keys=True) for server in servers if server.get("honoured") is not None}
+    return [json.loads(way) for way in sorted(ways)]
 
 
 def _common(path: Path, lines: Sequence[Mapping], name: str, *, whose: str = "") -> object:
@@ -211,8 +285,9 @@ def list_values(lines: Sequence[Mapping], name: str) -> object:
 
 
 def _judge_settings(path: Path, verdicts: Mapping[str, Mapping]) -> dict | None:
-    judges = [verdict["judge"] for verdict in verdicts.values() if verdict.get("judge")]
-    return {name: _common(path, judges, name, whose="judge's ") for name in SAME_JUDGE} if judges else None
+    """What all verdicts say of who gave them; one that says nothing is not by the same judge as one that does."""
+    judges = [judge if isinstance(judge := verdict.get("judge"), Mapping) else {} for verdict in verdicts.values()]
+    return {name: _common(path, judges, name, whose="judge's ") for name in SAME_JUDGE} if any(judges) else None
 
 
 def was_read(extraction: Extraction) -> bool:
@@ -229,6 +304,38 @@ def accuracy(correct: np.ndarray) -> dict:
         "accuracy": right / n if n else None,
         "wilson": list(wilson_interval(right, n)) if n else None,
     }
+
+
+def resample(values: np.ndarray, clusters: Clusters, draws: int, seed: int) -> list[float] | None:
+    """The interval of a mean over resampled images or groups; `None` with fewer than two of them."""
+    return list(bootstrap_interval(values, clusters.labels, draws, seed)) if clusters.n > 1 else None
+
+
+def say_why_not(clusters: Clusters) -> str | None:
+    """Why there is no interval by image."""
+    if clusters.n > 1:
+        return None
+    if not clusters.n:
+        return "nothing was judged"
+    one = {"image": "one image", "group": "one group (group_id)"}[clusters.by]
+    return f"all questions are about {one}, so that there are no {clusters.by}s to resample"
+
+
+def say_unreachable(run: Run) -> str | None:
+    """One sentence where `unreachable` names any question."""
+    if not (unreachable := run.unreachable()):
+        return None
+    return (
+        f"{len(unreachable)} closed questions, for example {unreachable[0]}, have a right letter that the extraction "
+        f"{run.extraction} does not read: answered by the letter alone they count as wrong"
+    )
+
+
+def say_ways(run: Run) -> str | None:
+    """One sentence where a server did not decode all answers of a kind in one way."""
+    mixed = {kind: ways for kind, ways in run.settings["honoured"].items() if len(ways) > 1}
+    told = "; ".join(f"{kind}: {', '.join(map(json.dumps, ways))}" for kind, ways in mixed.items())
+    return f"the server did not decode all answers in one way ({told})" if mixed else None
 
 
 def part(items: Sequence[Question], names: Callable[[Question], Iterable[str | None]]) -> dict[str, np.ndarray]:

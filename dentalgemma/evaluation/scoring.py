@@ -18,9 +18,23 @@ from dentalgemma.evaluation.comparing import (
     format_comparison,
     is_worse,
 )
-from dentalgemma.evaluation.extraction import PROTOCOLS
-from dentalgemma.evaluation.questions import Question
-from dentalgemma.evaluation.runs import Answered, Run, accuracy, list_values, part, read_run, was_read
+from dentalgemma.evaluation.extraction import PROTOCOL_LABELS, PROTOCOLS
+from dentalgemma.evaluation.questions import Question, labels_sha256
+from dentalgemma.evaluation.runs import (
+    SAME_FOR_A_KIND,
+    SAME_FOR_ALL,
+    Answered,
+    Run,
+    accuracy,
+    list_values,
+    part,
+    read_run,
+    resample,
+    say_unreachable,
+    say_ways,
+    say_why_not,
+    was_read,
+)
 from dentalgemma.evaluation.statistics import (
     LEVEL,
     bootstrap_interval,
@@ -42,7 +56,7 @@ __all__ = [
 ]
 
 FORMAT = "scores/1"
-ONE_IMAGE = "all questions are about one image, so that there are no images to resample"
+TOLD = (*SAME_FOR_ALL, *SAME_FOR_A_KIND, "hardware")
 
 
 def score_predictions(
@@ -66,16 +80,19 @@ def score_run(run: Run, *, draws: int = 1_000, seed: int = 0) -> dict:
     """All figures of one run: closed and open questions, both pooled, clinical counts and latency, each with its n.
 
     A closed answer from which no letter can be read is wrong and stays in the denominator. An open answer whose verdict
-    is missing or could not be read is left out of numerator and denominator, and counted.
+    is missing or could not be read is left out of numerator and denominator, and counted; `open.complete` says that
+    there is none. `warnings` are sentences on what the figures would not tell by themselves.
     """
     closed, open_ = run.answered("closed"), run.answered("open")
     both = run.answered("closed", "open") if closed.items and open_.items else None
     return {
         "format": FORMAT,
         "name": run.name,
-        **{name: run.settings[name] for name in ("model", "weights", "mode", "images", "protocol", "hardware")},
+        **{name: run.settings[name] for name in TOLD},
         "questions_sha256": run.questions_sha256,
+        "labels_sha256": labels_sha256(run.items),
         "predictions_sha256": run.predictions_sha256,
+        "verdicts_sha256": run.verdicts_sha256,
         "extraction": run.extraction,
         "answered": _when(run.lines.values()),
         "level": LEVEL,
@@ -83,9 +100,17 @@ def score_run(run: Run, *, draws: int = 1_000, seed: int = 0) -> dict:
         "closed": _closed(run, closed, draws, seed) if closed.items else None,
         "open": _open(run, open_, draws, seed) if run.asked("open") else None,
         "combined": accuracy(both.correct) | _intervals(both, draws, seed) if both else None,
-        "clinical": clinical_figures(run.items, run.extractions),
+        "clinical": clinical_figures(run.items, run.extractions, draws=draws, seed=seed),
         "latency": _latency(run),
+        "warnings": _warn(run, open_),
     }
+
+
+def _warn(run: Run, judged: Answered) -> list[str]:
+    warnings = [text for text in (say_unreachable(run), say_ways(run)) if text]
+    if unjudged := len(run.asked("open")) - len(judged.items):
+        warnings.append(f"{unjudged} of {len(run.asked('open'))} open answers have no verdict: these are in no figure")
+    return warnings
 
 
 def chance(item: Question) -> float:
@@ -94,19 +119,32 @@ def chance(item: Question) -> float:
 
 
 def _closed(run: Run, closed: Answered, draws: int, seed: int) -> dict:
+    """The figures of closed questions.
+
+    `ceiling` is the share of the questions whose right option can be chosen by what it says, and whose right letter the
+    protocol reads: it leaves out those whose right option is empty, and the `unreachable` ones. It is none of what a
+    score can be, since the letter of an option that was never shown counts as right where it is: `right_unshown` are
+    the answers that got there so. `headline` names the bound that the accuracy is; under `official`, which draws
+    letters, it is none of them.
+    """
     failed = np.array([not was_read(run.extractions[item.item_id]) for item in closed.items])
     methods = Counter(run.extractions[item.item_id].method for item in closed.items)
     answerable = np.array([item.answerable for item in closed.items])
+    unreachable = set(run.unreachable())
+    reached = np.array([item.item_id not in unreachable for item in closed.items])
     detectable = minimum_detectable_effect(len(closed.items))
     return {
         **accuracy(closed.correct),
         **_intervals(closed, draws, seed),
         "chance": float(np.mean([chance(item) for item in closed.items])),
-        "ceiling": float(answerable.mean()),
+        "ceiling": float((answerable & reached).mean()),
+        "unreachable": len(unreachable),
+        "right_unshown": int((closed.correct & ~answerable).sum()),
         "images_asked": len({item.image_id for item in closed.items} - {None}),
         "methods": dict(sorted(methods.items(), key=lambda entry: (-entry[1], entry[0]))),
         "failed": float(failed.mean()),
         "answerable": accuracy(closed.correct[answerable]),
+        "headline": None if run.extraction == PROTOCOL_LABELS["official"] else "failures_wrong",
         "bounds": _bounds(closed, failed, answerable),
         **_protocols(run, closed.items),
         **_breakdowns(closed),
@@ -122,11 +160,13 @@ def _open(run: Run, judged: Answered, draws: int, seed: int) -> dict:
     return {
         **accuracy(judged.correct),
         "n": len(asked),
+        "complete": len(judged.items) == len(asked),
         "judged": len(judged.items),
         "judge_errors": errors,
         "not_judged": len(asked) - len(judged.items) - errors,
         **_intervals(judged, draws, seed),
         "images_asked": len({item.image_id for item in asked} - {None}),
+        "bounds": _judge_bounds(judged, errors),
         **_breakdowns(judged),
         "judge": run.judge
         and {
@@ -139,15 +179,25 @@ def _open(run: Run, judged: Answered, draws: int, seed: int) -> dict:
     }
 
 
+def _judge_bounds(judged: Answered, errors: int) -> dict[str, dict]:
+    """The accuracy if all answers whose verdict could not be read were wrong, or right; not judged ones stay out."""
+    right, n = int(judged.correct.sum()), len(judged.items) + errors
+    counts = {"errors_wrong": right, "errors_right": right + errors}
+    return {name: {"n": n, "accuracy": count / n if n else None} for name, count in counts.items()}
+
+
 def _intervals(answered: Answered, draws: int, seed: int) -> dict:
-    """Bootstrap intervals; by image there is none for a single image, and the reason stands beside it."""
-    if not answered.items:
-        return {"interval_by_image": None, "interval_by_question": None, "no_interval_by_image": "nothing was judged"}
-    correct, one = answered.correct, len(set(answered.images)) < 2
+    """Bootstrap intervals; with a single image there is none by image, and the reason stands beside it.
+
+    `clusters` says what the interval by image resampled: images, or groups where a group holds several images.
+    """
+    clusters, correct = answered.clusters, answered.correct
     return {
-        "interval_by_image": None if one else list(bootstrap_interval(correct, answered.images, draws, seed)),
-        "interval_by_question": list(bootstrap_interval(correct, None, draws, seed)),
-        "no_interval_by_image": ONE_IMAGE if one else None,
+        "interval_by_image": resample(correct, clusters, draws, seed),
+        "interval_by_question": list(bootstrap_interval(correct, None, draws, seed)) if answered.items else None,
+        "no_interval_by_image": say_why_not(clusters),
+        "clusters": clusters.by,
+        "n_clusters": clusters.n,
     }
 
 
@@ -215,11 +265,12 @@ def _breakdowns(answered: Answered) -> dict[str, dict]:
 
 def _clustering(closed: Answered) -> dict:
     """How alike the answers about one image are, and by how much that widens an interval; `None` where undefined."""
-    icc = intraclass_correlation(closed.correct, closed.images)
+    clusters = closed.clusters
+    icc = intraclass_correlation(closed.correct, clusters.labels)
     return {
         "icc": icc,
-        "design_effect": None if icc is None else design_effect(closed.images, icc),
-        "mean_cluster_size": len(closed.items) / len(set(closed.images)),
+        "design_effect": None if icc is None else design_effect(clusters.labels, icc),
+        "mean_cluster_size": len(closed.items) / clusters.n,
     }
 
 
@@ -253,7 +304,10 @@ def _times(lines: Sequence[Mapping]) -> dict:
 
 
 def _when(lines: Iterable[Mapping]) -> dict:
-    """First and last answer in UTC, and how many are dated; a time without its zone counts as no date."""
+    """First and last answer in UTC, and how many are dated.
+
+    A time without its zone counts as no date, nor does one that UTC has no year for.
+    """
     dated = sorted(moment for line in lines if (moment := _moment(line.get("answered_at"))))
     return {
         "first": dated[0].isoformat() if dated else None,
@@ -265,6 +319,6 @@ def _when(lines: Iterable[Mapping]) -> dict:
 def _moment(text: object) -> datetime.datetime | None:
     try:
         moment = datetime.datetime.fromisoformat(str(text))
-    except ValueError:
+        return moment.astimezone(datetime.UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
         return None
-    return moment.astimezone(datetime.UTC) if moment.tzinfo else None

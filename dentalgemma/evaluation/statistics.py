@@ -88,11 +88,12 @@ def detectable_difference(n: int, discordance: float, *, power: float = 0.8, alp
     `discordance` is the share of items that exactly one of the two gets right; it must be foreseen, for example from
     models compared before. `None` where even a difference as large as the discordance would not be shown.
     """
-    low, high = 0, int(discordance * n)  # in items; power grows with the difference
+    # In items; power grows with the difference. Rounded first: (8 / 49) * 49 is a little less than 8 in floats.
+    low, high = 0, int(round(discordance * n, 6))
 
     def enough(items: int) -> bool:
-        gained = (discordance + items / n) / 2
-        return mcnemar_power(n, discordance - gained, gained, alpha) >= power
+        lost = max(0.0, (discordance - items / n) / 2)
+        return mcnemar_power(n, lost, discordance - lost, alpha) >= power
 
     if high == 0 or not enough(high):
         return None
@@ -100,6 +101,17 @@ def detectable_difference(n: int, discordance: float, *, power: float = 0.8, alp
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high / n
+
+
+def unseen_loss(n: int, only_b: int) -> float:
+    """How much b may be worse than a though none of `n` answers was lost and `only_b` were gained: a share of items.
+
+    The upper end of the share that is lost minus the lower end of the share that is gained, each one-sided 95 % after
+    Clopper and Pearson; without a gain it is the rule of three, about 3 / n. There the bootstrap, which can only draw
+    what it has seen, gives an interval without a loss. Takes items as independent.
+    """
+    lost, gained = (binomtest(count, n).proportion_ci(2 * LEVEL - 1, method="exact") for count in (0, only_b))
+    return float(lost.high - gained.low)
 
 
 def paired_counts(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedCounts:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import yaml
 from PIL import Image
 from report_cases import write_evaluation
 
+from data_builders.sources import load_vocabulary
 from dentalgemma.evaluation.decision import decide
 from dentalgemma.evaluation.gates import gate_runs
 from dentalgemma.evaluation.plan import write_plan
 from dentalgemma.evaluation.plots import draw_accuracy, draw_methods, draw_parts, short_name
-from dentalgemma.evaluation.questions import EvaluationError
+from dentalgemma.evaluation.questions import EvaluationError, load_questions
 from dentalgemma.evaluation.report import find_flips, order_by_reading, write_report
+from dentalgemma.evaluation.report_notes import find_foreign, tie_agreement, tie_gate
+from dentalgemma.evaluation.report_text import escape_markdown, write_label
 from dentalgemma.evaluation.scoring import compare_all, read_run, score_run
 
 HOSTILE = "<img src=x onerror=\"document.title='PWNED'\">"
@@ -181,9 +185,13 @@ def test_clinical_figures_stand_with_what_they_are_counted_from(folder, page):
     told = words(section(page, "clinical"))
 
     assert re.search(rf"pathology missed \d of {len(truths) - truths.count('healthy')} ", told)
-    assert re.search(rf"healthy images over-called \d of {truths.count('healthy')} ", told)
+    assert re.search(rf"a disease called on healthy images \d of {truths.count('healthy')} ", told)
     assert "Regions: rows are the truth" in told
-    assert "abstentions: no letter could be read 2 of 40 5.00 % 1.38 to 16.50" in told
+    assert re.search(r"abstentions: [a-z ]+ 2 of 40 10 5.00 % 1.38 to 16.50", told)
+    assert "forced-choice questions" in told
+    assert "no diagnostic accuracy" in told
+    # 8 of 9, and what a guess among four options reaches.
+    assert re.search(r"impacted tooth 9 questions \d images 88.89 % a guess 25.00 % 56.50 to 98.01", told)
 
 
 def test_latency_leaves_the_warm_up_out(page):
@@ -251,14 +259,50 @@ def test_text_by_others_is_inert_and_the_page_asks_for_nothing(pictures, open_pa
     assert json.loads((tmp_path / "report.json").read_text())["title"].startswith("</title>")
 
 
-def test_contamination_and_agreement_stand_in_the_report(folder, tmp_path):
-    page = write(read_runs(folder), tmp_path / "r.html", contamination=CONTAMINATION, judge_agreement=AGREEMENT)
+def test_contamination_is_told_in_the_card_s_words_with_hashes_folded_away(folder, tmp_path):
+    template = {"item_id": "closed/01", "split": "train", "kind": "exact", "leak": False, "question": "What?"}
+    matches = [template, {**template, "item_id": "closed/02"}, {**template, "split": "test", "question": "Why?"}]
+    found = {**CONTAMINATION, "question_matches": matches}
+    page = write(read_runs(folder), tmp_path / "r.html", contamination=found)
+    open_part, folded = section(page, "contamination").split("<details>")
 
-    assert "Not clean : 1 images and 0 texts of the questions were found in vqa , 1 of them" in words(
-        section(page, "contamination")
-    )
-    assert "κ = 0.764 [0.600 to 0.900] on 60 answers" in words(section(page, "judge"))
-    assert "**not clean**" in (tmp_path / "r.md").read_text()
+    told = words(open_part)
+    assert "Not clean : 1 image or text of the questions was found where vqa trains or validates" in told
+    assert "1 further text is asked in training too and is no leak: short template questions" in told
+    assert "1 match is with the test split" in told
+    assert "cd" * 32 not in open_part
+    assert "cd" * 32 in folded
+    markdown = (tmp_path / "r.md").read_text()
+    assert "**not clean**: 1 image or text of the questions was found" in markdown
+    assert "1 further text is asked in training too and no leak" in markdown
+
+
+def test_an_agreement_is_tied_to_the_report_s_verdicts_or_said_not_to_be(folder, tmp_path):
+    runs = read_runs(folder)
+    told = words(section(write(runs, tmp_path / "r.html", judge_agreement=AGREEMENT), "judge"))
+
+    assert "κ = 0.764 [0.600 to 0.900] on 60 answers" in told
+    assert "90.00 % of the verdicts are the same" in told
+    assert "not tied to these answers" in told
+    assert "not tied to these answers" in (tmp_path / "r.md").read_text()
+    left_out = {"judge_errors": 0, "not_audited": 20}
+    assert "no model here has as many" in tie_agreement({**AGREEMENT, "left_out": left_out}, runs)
+    assert tie_agreement({**AGREEMENT, "verdicts_sha256": runs[0].verdicts_sha256}, runs) is None
+    assert "other verdicts" in tie_agreement({**AGREEMENT, "verdicts_sha256": "00" * 32}, runs)
+
+
+def test_a_gate_on_other_answers_is_not_passed_off_as_this_report_s(folder, tmp_path):
+    runs = read_runs(folder)
+    scores, gate = [score_run(run, draws=100) for run in runs], gate_runs(runs)
+    others = {**gate, "runs": [{**gate["runs"][0], "weights": "00" * 32}, gate["runs"][1]]}
+    recounted = {**gate, "runs": [gate["runs"][0], {**gate["runs"][1], "correct": 31}]}
+    told = words(section(write(runs, tmp_path / "r.html", gate=recounted), "stages"))
+
+    assert tie_gate(gate, scores) is None
+    assert "other questions than this report's" in tie_gate({**gate, "questions_sha256": "00" * 32}, scores)
+    assert "other answers than this report's: base." in tie_gate(others, scores)
+    assert "other answers than this report's: tuned." in told
+    assert "other answers than this report's: tuned." in (tmp_path / "r.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +341,12 @@ def test_a_decision_on_other_answers_is_not_passed_off_as_this_report_s(folder, 
     registered["scores"] = {**decision["scores"], "tuned": {"predictions_sha256": "00" * 32}}
     other = words(section(write(read_runs(folder), tmp_path / "o.html", decision=registered), "decision"))
 
-    assert "Pre-registered" in own
+    assert "older than the first answer of these files; whether the models were asked before cannot be seen" in own
     assert "Pre-registered" not in other
+    judged = {**decision["scores"]["base"], "verdicts_sha256": "00" * 32}
+    scores = [score_run(run, draws=100) for run in read_runs(folder)]
+    assert find_foreign({"scores": {"base": judged}}, scores) == ["base"]
+    assert find_foreign({"scores": {"base": decision["scores"]["base"]}}, scores) == []
     assert "Decided on other answers than this report's: tuned" in other
 
 
@@ -332,8 +380,161 @@ def test_what_a_stage_forgot_is_shown_per_category(folder, tmp_path):
     told = words(section(page, "stages"))
 
     assert "Not passed" in told
+    assert "with 40 questions the gate can at best see a loss of 15.00 points" in told
     assert "tuned → base 40 75.00 %, 50.00 % -25.00" in told
     assert "Teeth 40 75.00 % 50.00 % -25.00 14 4 0.0309" in told
+
+
+def test_the_decision_s_numbers_and_times_are_short_and_its_tests_are_a_table(folder, decision, tmp_path):
+    test = {"a": "base", "b": "tuned", "of": "closed", "only_a": 4, "only_b": 14, "significant": True}
+    given = {"base": "0.02851234567890123", "at": "2026-05-01T12:00:00.123456+02:00"}
+    rules = [{**decision["rules"][0], "input": given}]
+    decided = {**decision, "rules": rules, "tests": [{**test, "mcnemar_p": "0.0309", "holm_p": "0.0618"}]}
+    page = section(write(read_runs(folder), tmp_path / "r.html", decision=decided), "decision")
+    markdown = (tmp_path / "r.md").read_text()
+
+    for text in (words(page.split("<details>")[0]), markdown):
+        assert "0.0285" in text
+        assert "0.02851" not in text
+        assert "2026-05-01 10:00:00 UTC" in text
+        assert "10:00:00.123456" not in text
+        assert "T12:00" not in text
+    assert '<span class="nb">2026-05-01 10:00:00 UTC</span>' in page
+    assert "base tuned closed 4 14 0.0309 0.0618 yes" in words(page)
+    assert "| base | tuned | closed | 4 | 14 | 0.0309 | 0.0618 | yes |" in markdown
+
+
+def rewrite(folder, out, answer, **common):
+    """The first model's answers to the closed questions on a diagnosis, each as `answer(item)` says."""
+    out.mkdir(exist_ok=True)
+    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    questions = [{**own, **common} for own in questions if own.get("question_type") == "diagnosis"]
+    (out / "questions.jsonl").write_text("".join(json.dumps(own) + "\n" for own in questions))
+    lines = {own["item_id"]: own for own in map(json.loads, (folder / "base.jsonl").read_text().splitlines())}
+    answers = [
+        {**lines[item.item_id], "output": answer(item), "item_hash": item.item_hash, "image_id": item.image_id}
+        for item in load_questions(out / "questions.jsonl")
+    ]
+    (out / "base.jsonl").write_text("".join(json.dumps(own) + "\n" for own in answers))
+    return read_run(out / "base.jsonl", out / "questions.jsonl")
+
+
+def test_one_letter_throughout_and_an_interval_that_holds_chance_are_said(folder, tmp_path):
+    run = rewrite(folder, tmp_path / "one", lambda item: "A")
+    right = sum(item.answer == "A" for item in run.items)
+    page = write([run], tmp_path / "r.html")
+    other = words(section(write(read_runs(folder)[1:], tmp_path / "o.html"), "accuracy"))
+
+    for text in (words(section(page, "accuracy")), (tmp_path / "r.md").read_text()):
+        assert f"answers A 20 of 20 times, which is the right letter {right} times" in text
+        assert "holds chance, 25.00 %: it is not told from guessing" in text
+    assert "which is the right letter" not in other  # one that varies, and is better than chance
+    assert "its interval" not in other
+
+
+def test_answers_that_are_all_right_have_no_bootstrap_interval(folder, tmp_path):
+    run = rewrite(folder, tmp_path / "right", lambda item: item.answer)
+    told = words(section(write([run], tmp_path / "r.html"), "accuracy"))
+    markdown = (tmp_path / "r.md").read_text()
+
+    # Wilson of 20 in 20 begins at 1 / (1 + 1.959964 ** 2 / 20).
+    assert "20 of 20 100.00 % – – 83.89 to 100.00" in told
+    assert "all its answers are right: resampling gives no interval, Wilson's stands" in told
+    assert "| 20 | 20 | 100.00 % | – | 83.89 to 100.00 |" in markdown
+    assert "100.00 to 100.00" not in told + markdown
+
+
+def test_one_image_is_one_image_and_its_want_of_an_interval_a_note(folder, pictures, tmp_path):
+    run = rewrite(folder, tmp_path / "one", lambda item: item.answer, image=str(pictures[0]), image_id="image0")
+    page = section(write([run], tmp_path / "r.html"), "accuracy")
+
+    assert "no interval by image: all questions are about one image" in words(page.split("</table>")[1])
+    assert "about one image" not in page.split("<tbody>")[1].split("</tbody>")[0]
+    assert "1 images" not in words(page)
+    assert "20 questions on 1 image, 20 an image" in words(page)
+
+
+def test_a_question_without_image_is_no_image_of_its_own(folder, tmp_path):
+    run = rewrite(folder, tmp_path / "mixed", lambda item: item.answer)
+    items = [replace(item, image=None, image_id=None) if place < 10 else item for place, item in enumerate(run.items)]
+    images = len({item.image_id for item in items[10:]})
+    told = words(section(write([replace(run, items=items)], tmp_path / "r.html"), "accuracy"))
+
+    assert f"10 questions on {images} images, {10 / images:g} an image" in told
+
+
+def test_an_intraclass_correlation_below_0_is_about_0(folder, tmp_path):
+    runs = read_runs(folder)
+    scores = [score_run(run, draws=100) for run in runs]
+    scores[0]["closed"]["clustering"] |= {"icc": -0.0812, "design_effect": 0.7564}
+    write_report(runs, tmp_path / "r.html", scores=scores)
+    told = words(section((tmp_path / "r.html").read_text(), "accuracy"))
+
+    assert "intraclass correlation about 0, design effect about 1" in told
+    assert "-0.08" not in told
+
+
+def test_verdicts_from_the_cache_are_told_from_those_that_were_paid_for(folder, tmp_path):
+    for name in ("questions", "base", "tuned"):
+        shutil.copy(folder / f"{name}.jsonl", tmp_path)
+    for name, free in (("base", 10), ("tuned", 4)):
+        lines = [json.loads(line) for line in (folder / f"{name}_verdicts.jsonl").read_text().splitlines()]
+        lines = [{**own, "cached": True, "cost_usd": 0.0, "seconds": 0.0} for own in lines[:free]] + lines[free:]
+        (tmp_path / f"{name}_verdicts.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
+    told = words(section(write(read_runs(tmp_path), tmp_path / "r.html"), "judge"))
+
+    assert "9 of 10 1 0 of 10 10 none was asked for" in told
+    assert "9 of 10 1 6 of 10 4 0.0060 3.0" in told
+    assert "cost of the 6 asked for 0.0060 USD, time 3.0 s, 4 from the cache" in (tmp_path / "r.md").read_text()
+
+
+def test_parts_that_all_questions_share_are_a_sentence(folder, tmp_path):
+    run = rewrite(folder, tmp_path / "one", lambda item: "A", modality="panoramic", language="en", source="my_set")
+    told = words(section(write([run], tmp_path / "r.html"), "parts"))
+    several = words(section(write(read_runs(folder), tmp_path / "s.html"), "parts"))
+
+    assert "All closed questions are of modality panoramic , in en , of type diagnosis , from my set ." in told
+    assert "By modality, closed" not in told
+    assert "By category, closed" in told
+    assert "By modality, closed" in several
+
+
+@pytest.mark.parametrize(("name", "shown"), [("right_maxillary", "right maxillary"), ("my_own_label", "my own label")])
+def test_names_are_shown_with_blanks(name, shown):
+    assert write_label(name) == shown
+
+
+def test_the_vocabulary_s_own_words_stand_for_its_names():
+    name, term = next((name, term) for name, term in load_vocabulary().items() if name != term.en.one)
+
+    assert write_label(name) == term.en.one
+
+
+def test_markdown_holds_no_json_and_reads_in_its_source(folder, decision, tmp_path):
+    runs = read_runs(folder)
+    contents = {"decision": decision, "judge_agreement": AGREEMENT, "gate": gate_runs(runs)}
+    write(runs, tmp_path / "r.html", **contents)
+    markdown = (tmp_path / "r.md").read_text()
+
+    assert not re.search(r'[{}]|": |\["', markdown)
+    assert set(re.findall(r"&[#\w]+;", markdown)) <= {"&lt;"}  # p < alpha
+    assert "Outcome: **tuned is chosen**" in markdown
+    assert "| base → tuned | 40 | 50.00 % | 75.00 % | +25.00 |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("end_letter 1.5", "end_letter 1.5"),
+        ("_emphasis_ a*b", r"\_emphasis\_ a\*b"),
+        ("a|b\n# c", r"a\|b \# c"),
+        ("<img> &lt; $x$ @me", "&lt;img&gt; &amp;lt; &#36;x&#36; &#64;me"),
+        ("\\| \\", r"\\\| \\"),
+        ("a\u202eb\u2066c", "abc"),
+    ],
+)
+def test_text_stays_text_in_markdown_and_is_readable(text, written):
+    assert escape_markdown(text) == written
 
 
 def test_flips_of_a_run_with_itself_are_none(folder):

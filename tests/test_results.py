@@ -161,6 +161,7 @@ def test_contamination_and_the_decision_stand_in_the_card(model, scores):
     decision = {
         "format": "decision/1", "title": HOSTILE, "winner": "base", "pre_registered": False,
         "plan": {"plan_sha256": "ab" * 32}, "reasons": ["the plan was never locked"],
+        "scores": {"base": {"weights": "00"}, "tuned": {key: scores[key] for key in ("weights", "predictions_sha256")}},
     }  # fmt: skip
     text = write_card(model, scores=scores, contamination=contamination, decision=decision)
 
@@ -168,6 +169,49 @@ def test_contamination_and_the_decision_stand_in_the_card(model, scores):
     assert "not registered in advance: the plan was never locked" in text
     assert "was not checked" not in text
     assert "It was pre-registered" not in text
+
+
+def decide_on(**own):
+    return {
+        "format": "decision/1", "title": "Which", "winner": "a", "pre_registered": True, "reasons": [],
+        "plan": {"plan_sha256": "ab" * 32}, "scores": {"a": own, "b": {"weights": None}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "not_told"),
+    [
+        pytest.param({}, "these files; whether the models were asked before cannot be seen", "other answers", id="own"),
+        pytest.param({"predictions_sha256": "00"}, "other answers of this model", "pre-registered", id="other answers"),
+    ],
+)
+def test_a_decision_is_pre_registered_for_the_answers_that_it_was_made_on(model, scores, own, told, not_told):
+    decided = {key: scores[key] for key in ("weights", "predictions_sha256")} | own
+    text = write_card(model, scores=scores, decision=decide_on(**decided))
+
+    assert told in text
+    assert not_told not in text
+
+
+def test_a_decision_between_other_models_is_refused(model, scores):
+    from dentalgemma.publishing.cards import CardError
+
+    with pytest.raises(CardError, match="decides between a, b, and none of them has the weights of this model"):
+        write_card(model, scores=scores, decision=decide_on(weights="00"))
+    assert not (model / "README.md").exists()
+
+
+def test_the_card_shows_no_interval_without_width_and_says_what_is_not_told_from_guessing(model, runs, scores):
+    comparison = compare_runs(*runs, draws=100)
+    comparison["closed"]["difference_by_image"] = [0.25, 0.25]
+    closed = {**scores["closed"], "interval_by_image": [0.2, 0.3]}
+    flat = {**scores, "closed": closed, "open": {**scores["open"], "interval_by_image": [1.0, 1.0]}}
+    text = write_card(model, comparison=comparison, scores=flat)
+    index = ModelCard(text).data.eval_results
+
+    assert "The difference is +25.0 points. McNemar" in text
+    assert "(20.00 to 30.00) holds chance" in text
+    assert [result.metric_args["by_image_95"] for result in index][:2] == [[20.0, 30.0], []]
 
 
 def test_text_by_others_stays_text_in_the_card(model, scores):

@@ -7,6 +7,7 @@ import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,18 @@ from data_builders.images import ImageError, measure_pixels
 from dentalgemma.evaluation import plots
 from dentalgemma.evaluation.files import write_whole
 from dentalgemma.evaluation.questions import EvaluationError, Question
+from dentalgemma.evaluation.report_notes import (
+    SINGLE,
+    count_found,
+    count_images,
+    count_verdicts,
+    find_foreign,
+    find_single_parts,
+    note_answers,
+    tie_agreement,
+    tie_gate,
+)
+from dentalgemma.evaluation.report_text import FILTERS, has_width, tidy, write_label, write_number
 from dentalgemma.evaluation.scoring import Run
 
 FORMAT = "report/1"
@@ -37,7 +50,7 @@ BREAKDOWNS = {
 }
 PLOTTED = ("per_category", "per_modality", "per_language", "per_finding")
 BOUNDS = {
-    "failures_wrong": "failed extractions wrong (the headline)",
+    "failures_wrong": "failed extractions wrong",
     "failures_at_chance": "failed extractions at chance",
     "extracted_only": "extracted answers only",
     "answerable_only": "answerable questions only",
@@ -131,22 +144,23 @@ def compose_report(
         "comparisons": [dict(comparison) for comparison in comparisons],
         "orders": order_by_reading(scores),
         "decision": decision,
-        "decided_on_others": _find_foreign(decision, scores),
+        "decided_on_others": find_foreign(decision, scores),
+        "notes": {run.name: note_answers(run, score) for run, score in zip(runs, scores, strict=True)},
+        "counts": {run.name: _count(run) for run in runs},
         "flips": [find_flips(a, b, limit=flips) for a, b in pairs],
         "judge_agreement": judge_agreement,
+        "agreement_of": None if judge_agreement is None else tie_agreement(judge_agreement, runs),
         "contamination": [contamination] if isinstance(contamination, Mapping) else contamination or None,
         "gate": gate,
+        "gate_of_others": None if gate is None else tie_gate(gate, scores),
         "generation": [_describe_settings(run) for run in runs],
         "commands": list(commands),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
 
-def _find_foreign(decision: Mapping | None, scores: Sequence[Mapping]) -> list[str]:
-    """Candidates that were decided on by answers that this report is not about."""
-    shown = {score["predictions_sha256"] for score in scores}
-    decided = (decision or {}).get("scores") or {}
-    return [name for name, own in decided.items() if own.get("predictions_sha256") not in shown]
+def _count(run: Run) -> dict:
+    return {"closed": count_images(run), "verdicts": count_verdicts(run)}
 
 
 def order_by_reading(scores: Sequence[Mapping]) -> dict[str, dict]:
@@ -275,23 +289,39 @@ def _names(document: Mapping) -> dict:
     def parts(kind: str, key: str) -> list[str]:
         return sorted({part for model in models if model[kind] for part in model[kind].get(key) or ()})
 
+    headline = all(m["closed"].get("headline", "failures_wrong") for m in models if m["closed"])
     used = {method for model in models if model["closed"] for method in model["closed"]["methods"]}
 
-    def leaks(found: Mapping) -> int:
-        return sum(match.get("leak", True) for key in ("image_matches", "question_matches") for match in found[key])
+    def leaks(found: Mapping, *, leak: bool = True) -> list[Mapping]:
+        return [m for key in ("image_matches", "question_matches") for m in found[key] if m.get("leak", True) is leak]
 
     return {
         "in_line": _write_in_line,
         "leaks": leaks,
+        "no_leaks": partial(leaks, leak=False),
+        "has_width": has_width,
+        "count_found": count_found,
+        "notes": {kind: _gather_notes(document, kind) for kind in ("closed", "open", "combined")},
+        "single": {kind: find_single_parts(models, kind) for kind in ("closed", "open")},
+        "single_words": SINGLE,
         "report": document,
         "models": models,
         "numbers": {model["name"]: number for number, model in enumerate(models, start=1)},
         "parts": parts,
         "methods": [*plots.METHOD_STYLES, *sorted(used - {*plots.METHOD_STYLES, "loglikelihood"})],
         "breakdowns": BREAKDOWNS,
-        "bounds": BOUNDS,
+        "bounds": BOUNDS | ({"failures_wrong": f"{BOUNDS['failures_wrong']} (the headline)"} if headline else {}),
         "shown_matches": SHOWN_MATCHES,
     }
+
+
+def _gather_notes(document: Mapping, kind: str) -> dict[str, list[str]]:
+    """Each note of the table of one kind, with the models that it is about."""
+    gathered: dict[str, list[str]] = {}
+    for name, notes in document["notes"].items():
+        for note in notes.get(kind, ()):
+            gathered.setdefault(note, []).append(name)
+    return gathered
 
 
 def _write_in_line(value: object) -> str | None:
@@ -302,7 +332,7 @@ def _write_in_line(value: object) -> str | None:
         or not all(isinstance(own, (str, int, float)) for own in value)
     ):
         return None
-    text = ", ".join(map(str, value))
+    text = ", ".join(tidy(own) if isinstance(own, str) else write_number(own) for own in value)
     return text if len(text) <= 80 else None
 
 
@@ -312,7 +342,7 @@ def _draw(document: Mapping) -> dict[str, str]:
     models = document["models"]
     for kind in ("closed", "open", "combined"):
         rows = [
-            {"name": m["name"], "interval": m[kind]["interval_by_image"], **_pick(m[kind], "accuracy", "wilson")}
+            {"name": m["name"], "interval": _interval(m[kind]), **_pick(m[kind], "accuracy", "wilson")}
             for m in models
             if m[kind] and m[kind].get("accuracy") is not None
         ]
@@ -340,13 +370,21 @@ def _draw(document: Mapping) -> dict[str, str]:
     for key in PLOTTED:
         parts = sorted({part for m in models if m["closed"] for part in m["closed"][key]})
         if len(parts) > 1 or (parts and key == "per_category"):
-            rows = [{"name": m["name"], "parts": m["closed"][key]} for m in models if m["closed"]]
-            drawn[key] = plots.draw_parts(parts, rows)
+            rows = [{"name": m["name"], "parts": _relabel(m["closed"][key])} for m in models if m["closed"]]
+            drawn[key] = plots.draw_parts(list(dict.fromkeys(map(write_label, parts))), rows)
     return {name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in drawn.items()}
 
 
 def _pick(values: Mapping, *names: str) -> dict:
     return {name: values[name] for name in names}
+
+
+def _interval(own: Mapping) -> Sequence[float] | None:
+    return own["interval_by_image"] if has_width(own["interval_by_image"]) else None
+
+
+def _relabel(parts: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    return {write_label(name): own for name, own in parts.items()}
 
 
 def _only(values: set) -> float | None:
@@ -399,21 +437,5 @@ def _environment(*, autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": lambda share: "–" if share is None else f"{100 * share:.2f} %",
-        "span": lambda pair: "–" if not pair else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}",
-        "points": lambda share: "–" if share is None else f"{100 * share:+.2f}",
-        "point_span": lambda pair: "–" if not pair else f"{100 * pair[0]:+.2f} to {100 * pair[1]:+.2f}",
-        "p": lambda p: "–" if p is None else f"{p:.3g}",
-        "whole": lambda number: "–" if number is None else f"{number:,.0f}",
-        "known": lambda value: "not known" if value in (None, "", [], {}) else value,
-        "cell": _escape_markdown,
-        "as_json": lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True, default=str),
-    }
+    environment.filters |= FILTERS
     return environment
-
-
-def _escape_markdown(value: object) -> str:
-    """Text that stays text in a Markdown table, HTML in it included."""
-    text = " ".join(str(value).split())
-    return "".join(f"&#{ord(c)};" if c in "<>&|`*_[]\\~$" else c for c in text)

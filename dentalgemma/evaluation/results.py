@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 
 from dentalgemma.evaluation.files import write_whole
 from dentalgemma.evaluation.questions import EvaluationError
+from dentalgemma.evaluation.report_text import has_width
 
 Kind = Literal["closed", "open"]
 TASK_TYPE = "visual-question-answering"
@@ -136,11 +137,13 @@ def _open_value(scores: Mapping) -> tuple[float, str]:
 
 def _describe(scores: Mapping, kind: str) -> dict:
     own = scores[kind]
+    by_image = own["interval_by_image"]
     described = {
         "n": own.get("judged") if kind == "open" else own["n"],
         "correct": own["correct"],
         "wilson_95": [_percent(share) for share in own["wilson"]],
-        "by_image_95": [_percent(share) for share in own["interval_by_image"] or ()],
+        # None without width: answers that are all alike give none.
+        "by_image_95": [_percent(share) for share in (by_image if has_width(by_image) else ())],
         "mode": scores["mode"],
         "questions_sha256": scores["questions_sha256"],
     }

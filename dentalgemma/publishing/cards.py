@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_builders.chat import SYSTEM_PROMPT
 from data_builders.records import InputError
+from dentalgemma.evaluation.report_notes import count_found, note_chance
+from dentalgemma.evaluation.report_text import FILTERS, has_width
 from dentalgemma.evaluation.results import model_index
 from dentalgemma.merging import CERTIFICATE, MergeError, read_certificate
 from dentalgemma.training.run_facts import UNRECORDED
@@ -72,7 +74,10 @@ def write_model_card(
             comparison=compared,
             scores=scored,
             contamination=_read_contamination(Path(contamination)) if contamination else None,
-            decision=_read_document(Path(decision), "decision/1", "dentalgemma decide") if decision else None,
+            decision=_read_decision(Path(decision), certificate, scored) if decision else None,
+            has_width=has_width,
+            note_chance=note_chance,
+            count_found=count_found,
             system_prompt=SYSTEM_PROMPT,
         )
     )
@@ -128,6 +133,24 @@ def _read_scores(path: Path, certificate: dict) -> dict:
     return document
 
 
+def _read_decision(path: Path, certificate: dict, scores: dict | None) -> dict:
+    """A decision between candidates of whom one is this very model; `candidate` is what it is called there.
+
+    `same_answers` says whether it was decided on the answers that the card shows the scores of.
+    """
+    document = _read_document(path, "decision/1", "dentalgemma decide")
+    decided = document.get("scores") or {}
+    own = [name for name, score in decided.items() if score.get("weights") == certificate["weights"]]
+    if not own:
+        raise CardError(
+            f"{path} decides between {', '.join(decided) or 'nobody'}, and none of them has the weights of this model"
+        )
+    answers = {decided[name].get("predictions_sha256") for name in own}
+    same = scores is None or scores.get("predictions_sha256") in answers
+    candidate = document.get("winner") if document.get("winner") in own else own[0]
+    return {**document, "candidate": candidate, "same_answers": same}
+
+
 def _read_contamination(path: Path) -> list[dict]:
     """What was found of the questions in training data: one document, or a list of one for each dataset."""
     documents = _read_json(path)
@@ -171,5 +194,6 @@ def _environment() -> Environment:
         "cell": lambda value: MARKDOWN.sub(r"\\\1", str(value)).replace("\n", " "),
         "points": lambda share: f"{100 * share:+.1f}",
         "percent": lambda share: "–" if share is None else f"{100 * share:.1f} %",
+        **{name: FILTERS[name] for name in ("many", "label", "tidy")},
     }
     return environment

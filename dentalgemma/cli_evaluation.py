@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dentalgemma.evaluation.files import write_json
+from dentalgemma.evaluation.files import EvaluationError, read_text, without_folder, write_json
 
 if TYPE_CHECKING:
     from dentalgemma.evaluation.scoring import Run
@@ -101,7 +101,6 @@ def import_questions(
     """
     from dentalgemma.evaluation.mmoral import download
     from dentalgemma.evaluation.mmoral import import_questions as run_import
-    from dentalgemma.evaluation.questions import EvaluationError
 
     if bool(files) == bool(repo) or bool(repo) != bool(revision):
         raise EvaluationError("give either TSV files, or --repo with --revision")
@@ -123,6 +122,7 @@ def import_questions(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     questions: Annotated[Path, typer.Argument(help="Questions, closed and open ones, as JSONL.")],
     model: Annotated[str, typer.Option(help="A model folder or Hub id; with --server the server's name for it.")],
     out: Annotated[Path, typer.Option(help="The predictions (JSONL) to write; a started file is completed.")],
@@ -143,6 +143,7 @@ def evaluate(
         str | None, typer.Option(help="Environment variable that holds the server's key, if it wants one.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Requests at a time to a server.")] = 4,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a server may take for an answer.")] = 120,
     hardware: Annotated[str | None, typer.Option(help="The server's hardware, for the record.")] = None,
 ) -> None:
     """Ask a model questions and keep its answers; what is answered already is not asked again.
@@ -153,6 +154,8 @@ def evaluate(
     """
     from dentalgemma.evaluation.questions import check_images, load_questions
 
+    here, there = ("batch_size", "dtype", "revision"), ("api", "key_variable", "workers", "timeout", "hardware")
+    _refuse_given(context, here if server else there, "is for models loaded here" if server else "needs --server")
     items = load_questions(questions)
     if images != Images.none:
         check_images(items)  # before a model is loaded for minutes
@@ -161,7 +164,7 @@ def evaluate(
         from dentalgemma.evaluation.endpoints import open_endpoint
         from dentalgemma.evaluation.server import ask_server
 
-        with open_endpoint(server, model, api=api.value, key_variable=key_variable) as endpoint:
+        with open_endpoint(server, model, api=api.value, key_variable=key_variable, timeout=timeout) as endpoint:
             ask_server(
                 endpoint,
                 items,
@@ -198,7 +201,16 @@ def _evaluate_here(items: Sequence, model: str, dtype: Dtype, revision: str | No
     )
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
-    evaluate_questions(loaded, processor, items, model_name=model, **settings)
+    # Without its folder: the name goes into predictions, scores and reports, which are published.
+    evaluate_questions(loaded, processor, items, model_name=without_folder(model), **settings)
+
+
+def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options that were typed and would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise EvaluationError(f"--{name.replace('_', '-')} {why}")
 
 
 @app.command("import-predictions")
@@ -236,6 +248,7 @@ def import_predictions(
 
 @app.command()
 def judge(
+    context: typer.Context,
     predictions: Annotated[Path, typer.Argument(help="Predictions with answers to open questions.")],
     questions: Questions,
     out: Annotated[Path, typer.Option(help="The verdicts (JSONL) to write; a started file is completed.")],
@@ -250,6 +263,7 @@ def judge(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="A folder of replies to reuse, for this run and others.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the endpoint may take for a verdict.")] = 120,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply; a judge that reasons needs more.")] = 1024,
     input_price: Annotated[float | None, typer.Option(min=0, help="US dollars per million input tokens.")] = None,
     output_price: Annotated[float | None, typer.Option(min=0, help="US dollars per million output tokens.")] = None,
@@ -264,14 +278,16 @@ def judge(
     --out verdicts.jsonl --cache judge_cache --input-price 3 --output-price 15`
     """
     from dentalgemma.evaluation.judge import format_summary, judge_answers
-    from dentalgemma.evaluation.questions import EvaluationError
 
+    if local:
+        remote = ("server", "api", "key_variable", "workers", "timeout")
+        _refuse_given(context, remote, "is for a judge elsewhere, not for --local")
     if (input_price is None) != (output_price is None):
         raise EvaluationError("a price has two parts: give both --input-price and --output-price")
     price = None
     if input_price is not None:
         price = {"input_per_million": input_price, "output_per_million": output_price}
-    with _open_judge(model, server, api, local=local, key_variable=key_variable) as asked:
+    with _open_judge(model, server, api, local=local, key_variable=key_variable, timeout=timeout) as asked:
         summary = judge_answers(
             predictions,
             questions,
@@ -287,11 +303,13 @@ def judge(
         raise typer.Exit(1)
 
 
-def _open_judge(model: str, server: str | None, api: Api, *, local: bool, key_variable: str | None):
+def _open_judge(
+    model: str, server: str | None, api: Api, *, local: bool, key_variable: str | None, timeout: float
+) -> AbstractContextManager:
     if not local:
         from dentalgemma.evaluation.endpoints import open_endpoint
 
-        return open_endpoint(server, model, api=api.value, key_variable=key_variable)
+        return open_endpoint(server, model, api=api.value, key_variable=key_variable, timeout=timeout)
     import torch
 
     from dentalgemma.evaluation.judge import LocalJudge
@@ -300,7 +318,7 @@ def _open_judge(model: str, server: str | None, api: Api, *, local: bool, key_va
     loaded, processor = load_pretrained(model, dtype="auto")
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
-    return nullcontext(LocalJudge(loaded, processor, name=model))
+    return nullcontext(LocalJudge(loaded, processor, name=without_folder(model)))
 
 
 @app.command("judge-sample")
@@ -327,16 +345,18 @@ def judge_sample(
 def judge_agreement(
     verdicts: Annotated[Path, typer.Argument(help="What `judge` wrote.")],
     human: Annotated[Path, typer.Argument(help="A person's verdicts on the same answers (CSV or JSONL).")],
-    out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, for `report`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file instead, for `report`.")] = None,
 ) -> None:
     """How far the judge agrees with a person: Cohen's kappa with its interval, as JSON.
 
     Example: `dentalgemma judge-agreement verdicts.jsonl for_a_dentist.csv --out agreement.json`
     """
+    from data_builders.dataset_folder import hash_file
     from dentalgemma.evaluation.agreement import agreement
     from dentalgemma.evaluation.judge import read_verdicts
 
-    _show(agreement(read_verdicts(verdicts), human), out)
+    figures = agreement(read_verdicts(verdicts), human)
+    _show(figures | {"verdicts_sha256": hash_file(verdicts)}, out)
 
 
 @app.command()
@@ -348,7 +368,7 @@ def score(
     name: Annotated[str | None, typer.Option(help="What to call the model; the file's name else.")] = None,
     draws: Draws = 1_000,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Also write the scores to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this file instead.")] = None,
 ) -> None:
     """Accuracy with intervals, bounds, categories, clinical figures and latency, as JSON.
 
@@ -390,7 +410,6 @@ def compare(
 
     Example: `dentalgemma compare base.jsonl tuned.jsonl --questions probe.jsonl --fail-if-worse`
     """
-    from dentalgemma.evaluation.questions import EvaluationError
     from dentalgemma.evaluation.scoring import compare_all, compare_runs, format_comparison, is_worse
 
     if len(predictions) < 2:
@@ -471,7 +490,6 @@ def decide(
     Example: `dentalgemma decide plan.lock.json --scores base=base.json --scores tuned=tuned.json --out decision.json`
     """
     from dentalgemma.evaluation.decision import decide as run_decide
-    from dentalgemma.evaluation.questions import EvaluationError
 
     paths = {}
     for part in scores:
@@ -544,11 +562,12 @@ def report(
         out,
         scores=[score_run(run, draws=draws, seed=seed) for run in runs],
         comparisons=compare_all(runs, draws=draws, seed=seed) if len(runs) > 1 else (),
-        decision=_read_document(decision),
-        contamination=_read_document(contamination),
-        judge_agreement=_read_document(agreement),
-        gate=_read_document(gate),
-        commands=[shlex.join(["dentalgemma", *sys.argv[1:]])],
+        decision=_read_document(decision, "decision/1"),
+        contamination=_read_document(contamination, "contamination/1", many=True),
+        judge_agreement=_read_document(agreement, "agreement/1"),
+        gate=_read_document(gate, "gate/1"),
+        # Without folders: a report is published, and they may name people and machines.
+        commands=[shlex.join(["dentalgemma", *map(without_folder, sys.argv[1:])])],
         title=title,
         flips=flips,
     )
@@ -574,7 +593,7 @@ def export_results(
     """
     from dentalgemma.evaluation.results import write_eval_results
 
-    document = _read_document(scores)
+    document = _read_document(scores, "scores/1")
     written = write_eval_results(
         folder,
         document,
@@ -594,7 +613,6 @@ def _read_runs(
     names: Sequence[str] | None,
     protocol: Protocol,
 ) -> list[Run]:
-    from dentalgemma.evaluation.questions import EvaluationError
     from dentalgemma.evaluation.scoring import read_run
 
     for option, values in (("--verdicts", verdicts), ("--name", names)):
@@ -612,21 +630,24 @@ def _read_runs(
     ]
 
 
-def _read_document(path: Path | None) -> dict | list | None:
-    from dentalgemma.evaluation.questions import EvaluationError
-
+def _read_document(path: Path | None, kind: str, *, many: bool = False) -> dict | list | None:
+    """Read what another command wrote; `kind` is the format that it names, `many` admits a list of them."""
     if path is None:
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise EvaluationError(f"{path}: no JSON document: {error}") from None
-    if not isinstance(document, dict | list):
-        raise EvaluationError(f"{path}: expected keys and values, got {type(document).__name__}")
+    for part in document if many and isinstance(document, list) else [document]:
+        found = part.get("format") if isinstance(part, dict) else None
+        if found != kind:
+            raise EvaluationError(f"{path} is {found or 'no document of ours'}, not {kind}")
     return document
 
 
 def _show(document: dict, out: Path | None) -> None:
     if out:
         write_json(out, document)
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        out_console.print(f"Wrote {out}", soft_wrap=True)
+    else:
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))

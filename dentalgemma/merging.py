@@ -20,11 +20,12 @@ from transformers import ProcessorMixin
 
 from data_builders.records import InputError
 from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
+from dentalgemma.evaluation.files import without_folder
 from dentalgemma.folding import COSINE_WARNING, check_space, fold, inspect_fold, plan_updates
 from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import load_processor, take_image_fit, write_image_fit
 from dentalgemma.parity import SYNTHETIC, Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
-from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of, without_folder
+from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of
 from dentalgemma.weight_files import hash_file, open_model
 
 CERTIFICATE = "merge_certificate.json"

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from trl import ModelConfig
 
 from data_builders.records import InputError
+from dentalgemma.evaluation.files import without_folder
 from dentalgemma.models.loading import (
     LoadError,
     find_start,
@@ -25,7 +26,7 @@ from dentalgemma.models.loading import (
     load_pretrained,
 )
 from dentalgemma.models.tiny import make_tiny_model
-from dentalgemma.training.run_facts import without_folder, write_run_facts
+from dentalgemma.training.run_facts import write_run_facts
 
 
 def finish(trainer):

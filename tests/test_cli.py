@@ -147,6 +147,7 @@ def test_a_model_is_asked_scored_and_compared(tmp_path, tiny_model, vqa_dataset)
     ).output
 
     closed = scores["closed"]
+    assert scores["model"] == tiny_model.name  # without its folder: scores are published
     assert closed["n"] > 20
     assert 0 <= closed["wilson"][0] <= closed["accuracy"] <= closed["wilson"][1] <= 1
     assert "exact McNemar p" in text

@@ -52,3 +52,15 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read: {error}") from None
+
+
+def without_folder(value: str | None) -> str | None:
+    """A path of this machine as its last part, a Hub id or any other value as it is: facts end up in public cards."""
+    if not value:
+        return value
+    name, equals, rest = value.partition("=")
+    if equals and name.startswith("--"):
+        return f"{name}={without_folder(rest)}"
+    # A Hub id has one slash; whatever begins like a path, or has more of them, is one.
+    is_path = value.startswith(("/", "~", ".")) or value.count("/") > 1 or "\\" in value
+    return Path(value).name if is_path or Path(value).exists() else value

@@ -16,6 +16,7 @@ from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
 from dentalgemma import __version__
 from dentalgemma.adapters import WEIGHTS
+from dentalgemma.evaluation.files import without_folder
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import image_fit
 from dentalgemma.training.config import StageConfig
@@ -110,18 +111,6 @@ def _write(
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     (Path(args.output_dir) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def without_folder(value: str | None) -> str | None:
-    """A path of this machine as its last part, a Hub id or any other value as it is: facts end up in public cards."""
-    if not value:
-        return value
-    name, equals, rest = value.partition("=")
-    if equals and name.startswith("--"):
-        return f"{name}={without_folder(rest)}"
-    # A Hub id has one slash; whatever begins like a path, or has more of them, is one.
-    is_path = value.startswith(("/", "~", ".")) or value.count("/") > 1 or "\\" in value
-    return Path(value).name if is_path or Path(value).exists() else value
 
 
 def _hash_adapter(path: Path) -> str | None:

@@ -377,7 +377,10 @@ def score(
     from dentalgemma.evaluation.scoring import read_run, score_run
 
     run = read_run(predictions, questions, verdicts=verdicts, protocol=protocol.value, name=name)
-    _show(score_run(run, draws=draws, seed=seed), out)
+    scores = score_run(run, draws=draws, seed=seed)
+    for warning in scores["warnings"]:
+        typer.echo(f"note: {warning}", err=True)
+    _show(scores, out)
 
 
 @app.command()
@@ -557,11 +560,12 @@ def report(
     from dentalgemma.evaluation.scoring import compare_all, score_run
 
     runs = _read_runs(predictions, questions, verdicts, names, protocol)
+    comparable = runs[0].asked("closed") or all(run.verdicts for run in runs)  # else the page says what is missing
     write_report(
         runs,
         out,
         scores=[score_run(run, draws=draws, seed=seed) for run in runs],
-        comparisons=compare_all(runs, draws=draws, seed=seed) if len(runs) > 1 else (),
+        comparisons=compare_all(runs, draws=draws, seed=seed) if len(runs) > 1 and comparable else (),
         decision=_read_document(decision, "decision/1"),
         contamination=_read_document(contamination, "contamination/1", many=True),
         judge_agreement=_read_document(agreement, "agreement/1"),

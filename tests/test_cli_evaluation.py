@@ -114,3 +114,14 @@ def test_an_agreement_says_on_which_verdicts_it_rests(call, tmp_path):
 
     assert code == 0, error
     assert json.loads(shown)["verdicts_sha256"] == hashlib.sha256((tmp_path / "v.jsonl").read_bytes()).hexdigest()
+
+
+def test_open_answers_without_verdicts_are_reported_and_not_compared(call, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"item_id": "1", "question": "What is seen?", "answer": "Caries."}))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"item_id": "1", "output": "Caries.", "mode": "generate"}))
+    code, _, error = call("compare", "a.jsonl", "b.jsonl", "--questions", "q.jsonl", "--fail-if-worse")
+    shown, _, _ = call("report", "a.jsonl", "b.jsonl", "--questions", "q.jsonl", "--out", "r.html")
+
+    assert (code, "dentalgemma judge" in error) == (2, True), error
+    assert shown == 0

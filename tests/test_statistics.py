@@ -1,9 +1,11 @@
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from scipy.stats import beta, bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -21,6 +23,9 @@ from dentalgemma.evaluation.statistics import (
     unseen_loss,
     wilson_interval,
 )
+
+sys.path.append(str(REPOSITORY / "benchmarks"))
+from interval_coverage import find_coverage, find_false_alarms  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden_stats.json").read_text("utf-8"))
 BEST = np.repeat([1, 0], [214, 491 - 214])  # 43.58 % of 491, the published accuracy
@@ -313,3 +318,9 @@ def test_an_interval_of_nothing_is_refused():
         bootstrap_interval([1, 0], ["a"])
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_counts([1, 0], [1])
+
+
+def test_an_interval_by_image_needs_images_as_the_page_on_evaluating_says():
+    assert find_coverage(3, runs=500) < 0.85
+    assert find_coverage(100, runs=500) > 0.92
+    assert find_false_alarms(runs=1_000) > 0.06

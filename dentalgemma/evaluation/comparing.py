@@ -33,7 +33,8 @@ from dentalgemma.evaluation.statistics import (
 
 POWER = 0.8
 ALPHA = 0.05
-# Images. Simulated, the 95 % interval by image holds the truth in 72 % of cases at 3, 84 % at 5, 93 % at 10.
+# Images. The 95 % interval by image holds the truth in 75 % of cases at 3, 83 % at 5, 92 % at 10 images, simulated by
+# benchmarks/interval_coverage.py.
 FEWEST = 10
 OF_THE_MODEL = ("model", "weights", "hardware", "batch_size")  # what may differ without a word
 FORMAT = "comparison/1"

@@ -25,7 +25,7 @@ from dentalgemma.evaluation.statistics import (
 )
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
-from interval_coverage import find_coverage, find_false_alarms  # noqa: E402
+from interval_coverage import find_coverage, find_false_alarms
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden_stats.json").read_text("utf-8"))
 BEST = np.repeat([1, 0], [214, 491 - 214])  # 43.58 % of 491, the published accuracy

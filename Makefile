@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 
 help:
 	@echo "make quickstart   the whole path on a CPU, offline, to quickstart/index.html"
-	@echo "make test         the tests (about 9 minutes on two cores)"
+	@echo "make test         the tests (about 13 minutes on two cores)"
 	@echo "make test-all     the slow ones too"
 	@echo "make lint         ruff"
 

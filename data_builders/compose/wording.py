@@ -19,8 +19,11 @@ SOUNDS_LIKE_A_CONSONANT = re.compile(r"uni(?!n)|use|usu|eu|one\b")  # English: "
 
 @lru_cache
 def load_phrases(language: Language) -> Mapping:
-    """The phrase file of a language, `compose/phrases/<language>.yaml`."""
-    return yaml.safe_load(files("data_builders.compose").joinpath(f"phrases/{language}.yaml").read_text("utf-8"))
+    """The phrases of a language: `compose/phrases/<language>.yaml`, and what only probes say."""
+    folder = files("data_builders.compose").joinpath("phrases")
+    texts = [folder.joinpath(name).read_text("utf-8") for name in (f"{language}.yaml", f"probes_{language}.yaml")]
+    own, of_probes = map(yaml.safe_load, texts)
+    return own | of_probes
 
 
 class Wording:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from data_builders.dataset_folder import hash_file
 from data_builders.records import InputError
 from data_builders.sources import read_yaml
 from dentalgemma.evaluation.decision_rules import Choice, Late, choose, show_number
@@ -25,7 +26,6 @@ from dentalgemma.evaluation.plan import (
     check_grades,
     describe_errors,
     describe_plan,
-    hash_file,
     open_plan,
     read_json,
 )
@@ -268,7 +268,7 @@ def _read_late(plan: Plan, path: Path | None) -> Late:
 
 def _describe_scores(path: Path, document: Mapping) -> dict:
     keys = ("model", "weights", "mode", "images", "questions_sha256", "predictions_sha256", "extraction", "answered")
-    return {"file_name": Path(path).name, "sha256": hash_file(path)} | {key: document.get(key) for key in keys}
+    return {"file_name": Path(path).name, "sha256": hash_file(Path(path))} | {key: document.get(key) for key in keys}
 
 
 def _find_tests(

@@ -443,18 +443,6 @@ def hash_canonical(value: object) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file.
-
-    Raises:
-        PlanError: when it cannot be read.
-    """
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def read_json(path: Path) -> object:
     """Read JSON with every number as a decimal, digit by digit as it is written.
 

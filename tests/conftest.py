@@ -181,16 +181,28 @@ def open_page(tmp_path_factory):
 KNOWN_BUGS = yaml.safe_load((REPOSITORY / "tests" / "data" / "known_bugs.yaml").read_text(encoding="utf-8"))
 
 
+GUARDS: dict[int, dict[str, None]] = {number: {} for number in KNOWN_BUGS}  # by number, the tests in their order
 OUTCOMES: dict[str, set[str]] = {}
 
 
 def pytest_collection_modifyitems(session, config, items):
     """Note which tests guard against which known bug; those that this run leaves out count as guards too."""
-    config.guards = {number: {} for number in KNOWN_BUGS}
     for item in items:
         for marker in item.iter_markers("known_bug"):
             for number in marker.args:
-                config.guards[number][_function(item.nodeid)] = None
+                GUARDS[number][_function(item.nodeid)] = None
+
+
+def pytest_sessionfinish(session):
+    """Where tests run in several processes, each tells the first what it collected."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["guards"] = {number: list(guards) for number, guards in GUARDS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for number, guards in getattr(node, "workeroutput", {}).get("guards", {}).items():
+        GUARDS[number] |= dict.fromkeys(guards)
 
 
 def pytest_runtest_logreport(report):
@@ -198,15 +210,14 @@ def pytest_runtest_logreport(report):
         OUTCOMES.setdefault(_function(report.nodeid), set()).add(report.outcome)
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """The table of known bugs, each with the tests that guard against it."""
-    guards = getattr(config, "guards", {})
-    if not any(guards.values()):
+    if not any(GUARDS.values()):
         return
     terminalreporter.section("known bugs and their tests")
     for number, title in KNOWN_BUGS.items():
         terminalreporter.write_line(f"{number:2}  {title}")
-        for function in guards[number]:
+        for function in GUARDS[number]:
             outcome = "/".join(sorted(OUTCOMES.get(function, {"not run"})))
             terminalreporter.write_line(f"    {outcome:8} {function}")
 

@@ -42,40 +42,41 @@ def ask_all(
     """
     left, ended = iter(items), SimpleQueue()
     stopped, lock = threading.Event(), threading.Lock()
+    asked, in_a_row, failures, stopped_by = 0, 0, [], None
+
+    def note(item: Item, failure: EvaluationError | None) -> None:
+        """Count an outcome; under the lock, so that no worker takes another item before it is counted."""
+        nonlocal asked, in_a_row, stopped_by
+        asked += 1
+        in_a_row = in_a_row + _is_about_the_server(failure) if failure else 0
+        if failure:
+            failures.append((item, failure))
+        if getattr(failure, "status", None) in HOPELESS or in_a_row >= GIVE_UP_AFTER:
+            stopped_by = stopped_by or failure
+            stopped.set()
 
     def work() -> None:
         try:
-            while not stopped.is_set():
+            while True:
                 with lock:
-                    item = next(left, None)
+                    item = None if stopped.is_set() else next(left, None)
                 if item is None:
                     break
-                ended.put((item, ask(item)))
+                failure = ask(item)
+                with lock:
+                    note(item, failure)
         except BaseException as error:
             ended.put(error)
         else:
             ended.put(None)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(max(1, workers), len(items)))]
-    running, asked, in_a_row = len(threads), 0, 0
-    failures, stopped_by = [], None
     try:
         for thread in threads:
             thread.start()
-        while running:
-            end = ended.get()
-            if end is None:
-                running -= 1
-            elif isinstance(end, BaseException):
-                raise end
-            else:
-                asked += 1
-                item, failure = end
-                failures += [(item, failure)] if failure else []
-                in_a_row = in_a_row + _is_about_the_server(failure) if failure else 0
-                if getattr(failure, "status", None) in HOPELESS or in_a_row >= GIVE_UP_AFTER:
-                    stopped_by = stopped_by or failure
-                    stopped.set()
+        for _ in threads:
+            if error := ended.get():
+                raise error
     except BaseException:
         stopped.set()
         interrupt()

@@ -17,6 +17,8 @@ from rich.console import Console
 from data_builders.records import InputError, Modality, Problem
 from dentalgemma import __version__
 from dentalgemma.cli_evaluation import app as evaluation_app
+from dentalgemma.cli_publishing import app as publishing_app
+from dentalgemma.cli_trying import app as trying_app
 
 if TYPE_CHECKING:
     from data_builders.sources import SourcesFile
@@ -381,36 +383,8 @@ def merge(
 
 
 app.add_typer(evaluation_app)
-
-
-@app.command()
-def card(
-    model: Annotated[Path, typer.Argument(help="A merged model folder.")],
-    comparison: Annotated[Path | None, typer.Option(help="Base and this model: what `compare --json` printed.")] = None,
-    base: Annotated[str | None, typer.Option(help="Hub id of the base, where training started from a folder.")] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="This model's scores, as `score` wrote them; also the card's model-index.")
-    ] = None,
-    benchmark: Annotated[str | None, typer.Option(help="What the questions of these scores are called.")] = None,
-    contamination: Annotated[Path | None, typer.Option(help="What `contamination` wrote.")] = None,
-    decision: Annotated[Path | None, typer.Option(help="What `decide` wrote.")] = None,
-) -> None:
-    """Write the model card from recorded facts: run facts, merge certificate, evaluation. Nothing is typed by hand.
-
-    Example: `dentalgemma card models/stage2_instruct --comparison comparison.json --scores scores.json`
-    """
-    from dentalgemma.publishing.cards import write_model_card
-
-    written = write_model_card(
-        model,
-        comparison,
-        base=base,
-        scores=scores,
-        contamination=contamination,
-        decision=decision,
-        benchmark=benchmark,
-    )
-    out_console.print(f"Wrote {written}", soft_wrap=True)
+app.add_typer(publishing_app)
+app.add_typer(trying_app)
 
 
 @app.command()

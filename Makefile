@@ -9,12 +9,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses
 # Without a GPU torch's CPU build is a tenth of the download: set this to the CPU wheel index that pytorch.org names.
 TORCH_INDEX ?=
 
-.PHONY: help install quickstart test test-all lint format clean
+.PHONY: help install quickstart test test-all docs lint format clean
 
 help:
 	@echo "make quickstart   the whole path on a CPU, offline, to quickstart/index.html"
 	@echo "make test         the tests (about 7 minutes on two cores)"
 	@echo "make test-all     the slow ones too"
+	@echo "make docs         the documentation as a site, build/docs/index.html"
 	@echo "make lint         ruff"
 
 install: $(READY)
@@ -35,6 +36,11 @@ test: install
 
 test-all: install
 	$(PYTEST)
+
+# Without --quiet, under which mkdocs counts no warnings and --strict passes.
+docs: install
+	$(BIN)/python docs/write_cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,9 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_builders.chat import SPLITS, Row
-from data_builders.dataset_folder import write_card
+from data_builders.dataset_folder import Configuration, write_card
 from data_builders.gallery import GALLERY, take_turns
-from data_builders.licences import combine_terms, find_licence
+from data_builders.licences import combine_terms, find_licence, name_dataset_terms
 from data_builders.sources import Vocabulary
 
 LANGUAGES = {"en": "English", "es": "Spanish"}
@@ -26,7 +26,9 @@ FIGURES = "figures"
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}  # Okabe and Ito: apart for every eye
 EXAMPLES = 10
 GUIDED = {"follow_up", "urgency", "differential"}
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&$!])")
+MARKDOWN = re.compile(r"([\\`*_{}\[\]>|#~$!])")
+ENTITIES = {"&": "&amp;", "<": "&lt;"}  # which every renderer of Markdown knows, as not all know a backslash before <
+HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")  # control, and what turns a line's direction
 
 
 def write_vqa_card(
@@ -38,7 +40,8 @@ def write_vqa_card(
     languages: Sequence[str],
 ) -> None:
     """Write `README.md`, `LICENSE.md` and the plots they show, from the report and the rows that were written."""
-    terms = combine_terms({source["name"]: source["license"] for source in report["sources"] if source["rows"]})
+    stated = {source["name"]: source["license"] for source in report["sources"] if source["rows"]}
+    terms = combine_terms(stated)
     draw_bars(
         folder / FIGURES / "findings.png",
         {vocabulary[name].en.other: _of_splits(counts, "images") for name, counts in report["findings"].items()},
@@ -61,19 +64,23 @@ def write_vqa_card(
         "guided": GUIDED & set(report["question_types"]),
         "gallery": GALLERY if (folder / GALLERY).is_file() else None,
     }
-    environment = _environment()
-    (folder / "LICENSE.md").write_text(environment.get_template("licence.md.jinja").render(facts), encoding="utf-8")
-    own = {"license": terms.hub_id} if terms.hub_id else {}
+    write_terms(folder, report["sources"])
     write_card(
         folder,
-        environment.get_template("vqa_card.md.jinja").render(facts),
-        report["splits"],
-        with_images=True,
+        _environment().get_template("vqa_card.md.jinja").render(facts),
+        {"default": Configuration("data", report["splits"], with_images=True)},
         language=list(languages),
         task_categories=["image-text-to-text"],
         tags=["dental", "medical", "vqa", "dentalgemma"],
-        **(own or {"license": "other", "license_name": "per-source", "license_link": "LICENSE.md"}),
+        **name_dataset_terms(stated),
     )
+
+
+def write_terms(folder: Path, sources: Sequence[Mapping]) -> None:
+    """Write `LICENSE.md`: each source's licence, and what follows for the whole; `sources` are those of the report."""
+    terms = combine_terms({source["name"]: source["license"] for source in sources if source["rows"]})
+    text = _environment().get_template("licence.md.jinja").render(sources=sources, terms=terms)
+    (folder / "LICENSE.md").write_text(text, encoding="utf-8")
 
 
 def draw_bars(path: Path, counts: Mapping[str, Mapping[str, int]], axis: str) -> None:
@@ -148,7 +155,8 @@ def _environment() -> Environment:
 
 def escape_markdown(text: object) -> str:
     """Text from data as Markdown that shows it and does nothing else; line breaks become blanks."""
-    return MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+    plain = HIDDEN.sub("", " ".join(str(text).split())).translate(str.maketrans(ENTITIES))
+    return MARKDOWN.sub(r"\\\1", plain)
 
 
 def quote(text: str, speaker: str) -> str:

@@ -14,6 +14,7 @@ from glob import escape
 from importlib.metadata import version
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,19 +126,19 @@ def write_rows(
     rows: Mapping[str, Sequence[Row]],
     read_image: ReadImage,
     *,
+    place: str = "data",
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Write the splits as `data/<split>-xxxxx-of-xxxxx.parquet`; returns rows, images and bytes of each.
+    """Write the splits as `<place>/<split>-xxxxx-of-xxxxx.parquet`; returns rows, images and bytes of each.
 
     Rows are put in the order of their images, so that one image's rows lie in one row group, whose dictionary holds
     the image's bytes once; `workers` images are read ahead, and no more than one row group is held in memory. The
     column `images` is left out where no row has one.
     """
-    with_images = any(row["images"] for split_rows in rows.values() for row in split_rows)
-    schema = features(with_images).arrow_schema
-    data = folder / "data"
-    data.mkdir()
+    schema = features(have_images(rows)).arrow_schema
+    data = folder / place
+    data.mkdir(parents=True)
     written = {}
     for split in SPLITS:
         if rows.get(split):
@@ -146,6 +147,11 @@ def write_rows(
             shown = track(by_image, f"Writing {split}", console=Console(stderr=True), disable=not progress)
             written[split] = _write_split(data, split, _with_images(shown, read_image, workers), schema)
     return written
+
+
+def have_images(rows: Mapping[str, Iterable[Row]]) -> bool:
+    """Whether any row of any split shows an image; where none does, the dataset has no such column."""
+    return any(row["images"] for split_rows in rows.values() for row in split_rows)
 
 
 def _with_images(
@@ -265,24 +271,45 @@ def features(with_images: bool):
     return Features(columns)
 
 
-def write_card(folder: Path, body: str, written: Mapping[str, Mapping[str, int]], *, with_images: bool, **data) -> None:
-    """Write `README.md`: metadata as `Dataset.push_to_hub` writes it, so that the Hub's viewer works, then `body`."""
-    from datasets import DatasetInfo, SplitDict, SplitInfo
+class Configuration(NamedTuple):
+    """One of the datasets in a folder: where its parquet lies, what `write_rows` said of it, whether it has images."""
+
+    place: str
+    written: Mapping[str, Mapping[str, int]]
+    with_images: bool
+
+
+def write_card(folder: Path, body: str, configurations: Mapping[str, Configuration], **data) -> None:
+    """Write `README.md`: metadata as `Dataset.push_to_hub` writes it, so that the Hub's viewer works, then `body`.
+
+    A folder with one dataset has one configuration, `default`. `data` are the metadata beside `dataset_info` and
+    `configs`; they are put into YAML here, whatever they hold.
+    """
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    splits = SplitDict()
-    for split, counts in written.items():
-        splits.add(SplitInfo(split, num_bytes=counts["bytes"], num_examples=counts["rows"]))
-    info = DatasetInfo(features=features(with_images), splits=splits)
-    info.download_size = sum(path.stat().st_size for path in (folder / "data").iterdir())
-    info.dataset_size = sum(counts["bytes"] for counts in written.values())
     card_data = DatasetCardData(**data)
-    DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
-    files = [{"split": split, "path": f"data/{split}-*"} for split in written]
-    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
+    infos = {name: _describe(folder, configuration) for name, configuration in configurations.items()}
+    DatasetInfosDict(infos).to_dataset_card_data(card_data)
+    files = {
+        name: {"data_files": [{"split": split, "path": f"{own.place}/{split}-*"} for split in own.written]}
+        for name, own in configurations.items()
+    }
+    MetadataConfigs(files).to_dataset_card_data(card_data)
     DatasetCard(f"---\n{card_data}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _describe(folder: Path, configuration: Configuration):
+    from datasets import DatasetInfo, SplitDict, SplitInfo
+
+    splits = SplitDict()
+    for split, counts in configuration.written.items():
+        splits.add(SplitInfo(split, num_bytes=counts["bytes"], num_examples=counts["rows"]))
+    info = DatasetInfo(features=features(configuration.with_images), splits=splits)
+    info.download_size = sum(path.stat().st_size for path in (folder / configuration.place).glob("*.parquet"))
+    info.dataset_size = sum(counts["bytes"] for counts in configuration.written.values())
+    return info
 
 
 def write_report(folder: Path, report: Mapping) -> None:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_builders.dataset_card import escape_markdown, link
-from data_builders.dataset_folder import write_card
-from data_builders.licences import combine_terms
+from data_builders.dataset_card import escape_markdown, link, write_terms
+from data_builders.dataset_folder import Configuration, write_card
+from data_builders.licences import combine_terms, name_dataset_terms
 
 
 def write_instruct_card(folder: Path, report: Mapping, *, language: str) -> None:
     """Write `README.md` with metadata for the Hub."""
-    terms = combine_terms({source["name"]: source["license"] for source in report["sources"] if source["rows"]})
-    link_to = {"license": "other", "license_name": "per-source", "license_link": "#sources-and-licences"}
-    parts = ("# Dental instruct dataset", *_contents(report), *_licences(report, terms.rules), *_limits(report))
+    stated = {source["name"]: source["license"] for source in report["sources"] if source["rows"]}
+    terms = combine_terms(stated)
+    write_terms(folder, report["sources"])
+    told = (*_contents(report), *_loading(report), *_licences(report, terms.rules), *_limits(report))
+    parts = ("# Dental instruct dataset", *told)
     write_card(
         folder,
         "\n\n".join(parts) + "\n",
-        report["splits"],
-        with_images=False,
+        {"default": Configuration("data", report["splits"], with_images=False)},
         language=[language],
         task_categories=["text-generation"],
         tags=["dental", "medical", "instruct", "dentalgemma"],
-        **({"license": terms.hub_id} if terms.hub_id else link_to),
+        **name_dataset_terms(stated),
     )
 
 
@@ -43,6 +44,10 @@ def _contents(report: Mapping) -> Iterator[str]:
                 for split, own in report["statistics"].items()
             ),
         ]
+    )
+    yield (
+        "> **Research and education only.** Cases and answers are those of the sources; nobody checked them here. They "
+        "are no advice for a patient, and a model trained on them is no medical device."
     )
     yield (
         "Words are medians. Exact duplicates are kept once. Cases whose prompts share "
@@ -77,6 +82,16 @@ def _describe_repairs(report: Mapping) -> Iterator[str]:
         yield f"{unknown} rows state no condition, so that nobody can tell."
 
 
+def _loading(report: Mapping) -> Iterator[str]:
+    yield "## How to load"
+    yield (
+        "```python\nfrom datasets import load_dataset\n\n"
+        f'rows = load_dataset("OWNER/NAME", split="{next(iter(report["splits"]))}")  '
+        "# OWNER/NAME: this repository, or its folder\n"
+        'rows[0]["prompt"], rows[0]["completion"]  # what TRL trains on as it is\n```'
+    )
+
+
 def _licences(report: Mapping, rules: tuple) -> Iterator[str]:
     yield "## Sources and licences"
     yield "\n".join(
@@ -90,7 +105,7 @@ def _licences(report: Mapping, rules: tuple) -> Iterator[str]:
             ),
         ]
     )
-    yield "The rows of each source stay under that source's licence."
+    yield "The rows of each source stay under that source's licence ([`LICENSE.md`](LICENSE.md))."
     if rules:
         yield "\n".join(f"- **{rule.title}**: {escape_markdown(rule.text)}" for rule in rules)
 

@@ -1,6 +1,6 @@
-"""Licences of data: what the common ones ask for, and what follows where several meet in one dataset.
+"""Licences of data: what the common ones ask for, and what follows where several meet in one dataset or one model.
 
-This reads terms as a careful layman does; it is no legal advice.
+This reads terms as a careful layman does; it informs and cites, and is no legal advice.
 """
 
 from __future__ import annotations
@@ -95,23 +95,33 @@ class Terms(NamedTuple):
     rules: tuple[Rule, ...]
 
 
-def combine_terms(stated: Mapping[str, str | None]) -> Terms:
-    """The terms that follow for a dataset from the licence that each of its sources states."""
-    known = {source: licence for source, text in stated.items() if (licence := find_licence(text))}
+What = Literal["dataset", "model"]
+# Whether trained weights are an adaptation of what they learned from is not settled; a model may have to heed it all.
+UNSETTLED = "Whether a model is an adaptation of its training data is not settled"
+
+
+def combine_terms(stated: Mapping[str, str | None], *, of: What = "dataset") -> Terms:
+    """The terms that follow for a dataset, or a model trained on it, from the licence that each source states."""
+    known = _find_known(stated)
     silent = [source for source, text in stated.items() if not (text or "").strip()]
     unknown = [source for source in stated if source not in known and source not in silent]
     conflicts = _find_conflicts(known)
     rules = []
     if silent:
-        consent = "That grants nothing: do not pass these rows on without the consent of the owner."
+        what = "these rows" if of == "dataset" else "a model that learned from them"
+        consent = f"That grants nothing: do not pass {what} on without the consent of the owner."
         rules.append(Rule("No licence stated", f"{_list(silent)}. {consent}"))
     if unknown:
         names = _list(f"{source} ({stated[source]})" for source in unknown)
         rules.append(Rule("Terms to be read", f"{names}. What this licence asks for is not known to this toolkit."))
-    rules += _ask(known)
+    rules += _ask(known, of)
     if conflicts:
         names = " and ".join(f"{name} ({_list(sources)})" for name, sources in conflicts.items())
-        remedy = "Publish one configuration per source, each under its own terms."
+        remedy = (
+            "Each source is published as a configuration of its own, under its own terms."
+            if of == "dataset"
+            else f"{UNSETTLED}; where it is, this one cannot be passed on without the consent of some of the owners."
+        )
         rules.append(Rule("No licence fits the whole", f"{names} cannot be met together. {remedy}"))
     distinct = {licence.name: licence for licence in known.values()}
     if silent or unknown:
@@ -121,15 +131,68 @@ def combine_terms(stated: Mapping[str, str | None]) -> Terms:
     return Terms("mixed" if conflicts else "combined", None, tuple(rules))
 
 
-def _ask(known: Mapping[str, Licence]) -> Iterator[Rule]:
+def name_dataset_terms(stated: Mapping[str, str | None]) -> dict[str, str]:
+    """What a dataset card's metadata say of the terms: one licence where it covers all rows, else `LICENSE.md`.
+
+    A source without a row must not be among them.
+    """
+    terms = combine_terms(stated)
+    if terms.hub_id:
+        return {"license": terms.hub_id}
+    if terms.verdict == "single":
+        licence = next(iter(_find_known(stated).values()))
+        return {"license": "other", "license_name": licence.name.lower(), "license_link": licence.url}
+    return {"license": "other", "license_name": "per-source", "license_link": "LICENSE.md"}
+
+
+def find_cover(stated: Mapping[str, str | None]) -> Licence | None:
+    """The one licence that asks for no less than any of these, or `None` where none is known to do so.
+
+    The strictest of the stated ones is taken, of several versions the latest: under share-alike that very one must be.
+    """
+    known = _find_known(stated)
+    if len(known) < len(stated) or _find_conflicts(known):
+        return None
+    strictest = max(known.values(), key=_strictness, default=None)
+    if strictest is None:
+        return None
+    asked = _strictness(strictest)[:4]
+    covers = all(a >= b for licence in known.values() for a, b in zip(asked, _strictness(licence)[:4], strict=True))
+    return strictest if covers else None
+
+
+def _strictness(licence: Licence) -> tuple[bool, bool, bool, bool, str]:
+    asks = (not licence.derivatives, licence.share_alike, not licence.commercial, licence.attribution)
+    return (*asks, licence.name)
+
+
+def is_conflict(stated: Mapping[str, str | None]) -> bool:
+    """Whether the share-alike terms of these exclude each other."""
+    return bool(_find_conflicts(_find_known(stated)))
+
+
+def _find_known(stated: Mapping[str, str | None]) -> dict[str, Licence]:
+    return {source: licence for source, text in stated.items() if (licence := find_licence(text))}
+
+
+def _ask(known: Mapping[str, Licence], of: What) -> Iterator[Rule]:
     """What the known licences ask for, the strictest first."""
+    model = of == "model"
     if fixed := [source for source, licence in known.items() if not licence.derivatives]:
-        advice = "Questions and answers on these images may well be an adaptation: ask the owner before you share them."
-        yield Rule("No derivatives", f"{_list(fixed)}. {advice}")
+        work = "A model that learned from these images" if model else "Questions and answers on these images"
+        yield Rule(
+            "No derivatives", f"{_list(fixed)}. {work} may well be an adaptation: ask the owner before you share."
+        )
     if private := [source for source, licence in known.items() if not licence.commercial]:
-        yield Rule("No commercial use", f"{_list(private)}; therefore none of the dataset as a whole.")
+        whole = "of the model" if model else "of the dataset as a whole"
+        yield Rule("No commercial use", f"{_list(private)}; therefore none {whole}.")
     if alike := [source for source, licence in known.items() if licence.share_alike]:
-        yield Rule("Share alike", f"{_list(alike)}. What is made from these rows is passed on under their own licence.")
+        how = (
+            f"{UNSETTLED}; where it is, the model is passed on under their own licence."
+            if model
+            else "What is made from these rows is passed on under their own licence."
+        )
+        yield Rule("Share alike", f"{_list(alike)}. {how}")
     if named := [source for source, licence in known.items() if licence.attribution]:
         yield Rule("Attribution", f"name the authors of {_list(named)}, link to the licence, and say what was changed.")
 

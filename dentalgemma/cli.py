@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from data_builders.records import InputError, Modality, Problem
 from dentalgemma import __version__
 from dentalgemma.cli_evaluation import app as evaluation_app
+from dentalgemma.cli_output import AsJson, error_console, out_console, print_json, tell_written
 from dentalgemma.cli_publishing import app as publishing_app
+from dentalgemma.cli_rehearsing import app as rehearsing_app
 from dentalgemma.cli_trying import app as trying_app
 
 if TYPE_CHECKING:
@@ -29,14 +30,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="From dental annotation files to an adapted, merged, evaluated and documented vision-language model.",
 )
-out_console = Console()
-error_console = Console(stderr=True)
-
 SHOWN_PER_CODE = 5
+DATA, TRAINING = "Data", "Training"
 
 Seed = Annotated[int | None, typer.Option(help="Seed; the sources file's own where it is left out.")]
 Workers = Annotated[int, typer.Option(min=1, help="Images decoded at a time. The result does not depend on it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
 
 
 def _show_presets(names: list[str] | None) -> list[str] | None:
@@ -64,21 +62,22 @@ Preset = Annotated[
 Data = Annotated[Path | None, typer.Option(help="The folder with the downloads that a preset reads.")]
 
 
-class Family(StrEnum):
-    gemma3 = "gemma3"
-    gemma4 = "gemma4"
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
 
 
-@app.command()
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel=DATA)
 def audit(
     sources: Annotated[Path | None, typer.Argument(help="A sources file.")] = None,
     preset: Preset = None,
@@ -106,7 +105,7 @@ def audit(
     if html:
         write_audit_page(html, report, contents)
     if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
     else:
         _print_audit(report)
         if html:
@@ -156,7 +155,7 @@ def _print_source(source: dict) -> None:
             out_console.print(f"  … {count} problems of the kind {code}; all of them with --json")
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def build(
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
     sources: Annotated[Path | None, typer.Argument(help="A sources file.")] = None,
@@ -185,7 +184,7 @@ def build(
     _print_build(report, out, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def check(
     dataset: Annotated[Path, typer.Argument(help="A VQA dataset folder.")],
     as_json: AsJson = False,
@@ -196,12 +195,15 @@ def check(
 
     Example: `dentalgemma check data/vqa`
     """
+    from rich.progress import track
+
     from data_builders.proof import check_dataset
 
-    results = list(check_dataset(dataset))
+    rows = _count_rows(dataset)
+    results = list(track(check_dataset(dataset), "Checking", total=rows, console=error_console, disable=as_json))
     wrong = {row_id: found for row_id, found in results if found}
     if as_json:
-        typer.echo(json.dumps({"rows": len(results), "wrong": wrong}, indent=2, ensure_ascii=False))
+        print_json({"rows": len(results), "wrong": wrong})
     else:
         for row_id, found in list(wrong.items())[:20]:
             error_console.print(f"{row_id}: {'; '.join(found)}", markup=False, soft_wrap=True)
@@ -209,7 +211,20 @@ def check(
     raise typer.Exit(1 if wrong else 0)
 
 
-@app.command("build-instruct")
+def _count_rows(dataset: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    rows = 0
+    for path in sorted((dataset / "data").glob("*.parquet")):
+        try:
+            rows += pq.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path} is no complete parquet file ({error}); build or download it again") from None
+    return rows
+
+
+@app.command("build-instruct", rich_help_panel=DATA)
 def build_instruct(
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
     sources: Annotated[Path | None, typer.Argument(help="A sources file with sources of `reader: cases`.")] = None,
@@ -250,7 +265,7 @@ def _load(sources: Path | None, preset: list[str] | None, data: Path | None) -> 
 
 def _print_build(report: dict, out: Path, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
         return
     for split, counts in report["splits"].items():
         images = f" on {counts['images']} images" if counts.get("images") else ""
@@ -270,7 +285,7 @@ def _print_build(report: dict, out: Path, *, as_json: bool) -> None:
     out_console.print(f"Wrote {out}", soft_wrap=True)
 
 
-@app.command("build-probe")
+@app.command("build-probe", rich_help_panel=DATA)
 def build_probe(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="The questions file (JSONL) to write; images go to a folder beside it.")],
@@ -284,6 +299,7 @@ def build_probe(
     per_finding: Annotated[int | None, typer.Option(min=1, help="At most so many questions on a finding.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many lines; pairs stay whole.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the options and their order.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Make closed questions with four options from a held-out split.
 
@@ -304,108 +320,104 @@ def build_probe(
         per_finding=per_finding,
         limit=limit,
     )
-    out_console.print(f"Wrote {number} questions to {out}", soft_wrap=True)
+    tell_written(out, f"Wrote {number} questions to {out}", as_json=as_json, questions=number)
 
 
-@app.command()
-def phantom(
-    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-    images: Annotated[int, typer.Option(min=1, help="How many radiographs to draw.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed; every image depends on it and its own number alone.")] = 0,
-) -> None:
-    """Draw synthetic panoramics with known truth, written in every annotation format, and as many clinical cases.
-
-    Example: `dentalgemma phantom phantoms --images 200 && dentalgemma build phantoms/sources.yaml --out data/phantoms`
-    """
-    from data_builders.phantom_formats import write_phantoms
-
-    _need_empty(folder)
-    write_phantoms(folder, count=images, cases=images, seed=seed)
-    out_console.print(f"Wrote {images} phantoms to {folder}", soft_wrap=True)
-
-
-@app.command("tiny-model")
-def tiny_model(
-    folder: Annotated[Path, typer.Argument(help="The model folder to write.")],
-    family: Annotated[Family, typer.Option(help="Which architecture.")] = Family.gemma3,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-) -> None:
-    """Make a small random model with tokenizer and processor that loads as the real one does, without a network.
-
-    Example: `dentalgemma tiny-model models/tiny`
-    """
-    from dentalgemma.models.tiny import make_tiny_model
-
-    _need_empty(folder)
-    make_tiny_model(folder, family=family.value, seed=seed)
-    out_console.print(f"Wrote a small random {family.value} to {folder}", soft_wrap=True)
-
-
-@app.command()
-def merge(
-    run: Annotated[str, typer.Argument(help="A run folder with an adapter, a checkpoint, or an adapter's Hub id.")],
-    out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    base: Annotated[str | None, typer.Option(help="The base, where the adapter does not name the right one.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="What the merged weights are cast to: bfloat16, float16; float32 loses nothing.")
-    ] = "bfloat16",
-    rows: Annotated[
-        str | None, typer.Option(help="The dataset whose validation rows adapter and merged model must answer alike.")
-    ] = None,
+@app.command("export-yolo", rich_help_panel=DATA)
+def export_yolo(
+    sources: Annotated[Path, typer.Argument(help="A sources file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    task: Annotated[
+        Literal["detect", "segment", "obb"], typer.Option(help="Boxes, outlines, or oriented boxes.")
+    ] = "detect",
+    classes: Annotated[
+        Literal["label", "tooth"], typer.Option(help="Classes are what was found, or the tooth it was found on.")
+    ] = "label",
+    seed: Seed = None,
+    workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Fold an adapter and those before it into their base, once, and write a model folder with its certificate.
+    """Write the sources as a dataset that Ultralytics trains a detector on, split by group.
 
-    Every tensor is read again and compared, and the folder must answer as the adapters did. Exit code 1 if a check
-    fails: such a folder gets no card and is not pushed.
+    What a detector found (`origin: model`) is never exported: it is no truth to train another one on.
 
-    Example: `dentalgemma merge runs/stage1_vqa --out models/stage1_vqa --rows data/vqa`
+    Example: `dentalgemma export-yolo sources.yaml --out data/yolo --task obb`
     """
-    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to stdout when it is imported
-        from dentalgemma.merging import merge_adapter
+    from data_builders.audit import describe_problem
+    from data_builders.sources import load_sources
+    from data_builders.yolo_export import export_yolo as run_export
 
-        certificate = merge_adapter(run, out, base=base, dtype=dtype, rows=rows)
-    if as_json:
-        typer.echo(json.dumps(certificate, indent=2))
-        return
-    update = certificate["rounding"]
-    changed = f"{certificate['changed_tensors']} of {certificate['tensors']} tensors changed"
-    parity = f"logits differ by at most {certificate['max_logit_difference']:.1e} in fp32"
-    cast = f"{certificate['reloaded_max_logit_difference']:.1e} after the cast to {dtype}"
-    out_console.print(f"Wrote {out}: {changed}; {parity}, {cast}, on {certificate['parity_inputs']}", soft_wrap=True)
-    out_console.print(
-        f"The cast: error {update['relative_error']:.1%} of the update, cosine {update['cosine']:.4f}, "
-        f"{update['unchanged_share']:.1%} of its entries without effect",
-        soft_wrap=True,
+    loaded = load_sources(sources)
+    report, problems = run_export(
+        loaded, out, task=task, classes=classes, seed=seed, workers=workers, progress=not as_json
     )
-    for warning in certificate["warnings"]:
-        out_console.print(f"[yellow]{warning}", soft_wrap=True)
+    if as_json:
+        listed = [describe_problem(problem) for problem in problems]
+        print_json({**report, "problems": listed})
+        return
+    for split, counts in report["splits"].items():
+        without = f", {counts['negatives']} of them without any" if counts["negatives"] else ""
+        out_console.print(f"{split}: {counts['findings']} findings on {counts['images']} images{without}")
+    for split in report["empty_splits"]:
+        out_console.print(f"[yellow]split {split} is empty: there are too few groups", soft_wrap=True)
+    _print_problems(problems)
+    out_console.print(f"Wrote {out}; train with data={out / 'data.yaml'}", soft_wrap=True)
 
 
-app.add_typer(evaluation_app)
-app.add_typer(publishing_app)
-app.add_typer(trying_app)
-
-
-@app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or a quickstart's.")] = Path(
-        "quickstart"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of phantoms, model and training.")] = 0,
-    control: Annotated[bool, typer.Option(help="Also train on shuffled images, which must learn nothing.")] = False,
+@app.command(rich_help_panel=DATA)
+def detect(
+    weights: Annotated[Path, typer.Argument(help="A trained Ultralytics model (.pt): a pickle, so one you trust.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images that nobody labelled.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; a started one is completed.")],
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="Boxes below it are left out.")] = 0.25,
+    modality: Annotated[Modality | None, typer.Option(help="What the images are, for the sources file.")] = None,
+    model_license: Annotated[str | None, typer.Option(help="Licence of the weights, to be noted beside.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """The whole path on a CPU, offline: phantoms, datasets, two stages, merge, evaluation, card and a page.
+    """Look for findings with a trained detector; its boxes become a source of `origin: model`.
 
-    Example: `dentalgemma quickstart --out quickstart`
+    Needs `pip install "dentalgemma[yolo]"`. Ultralytics and the models it publishes are under AGPL-3.0, which asks more
+    of you than this toolkit's own licence.
+
+    Example: `dentalgemma detect best.pt unlabelled --out detected --confidence 0.25 --model-license AGPL-3.0`
     """
-    from dentalgemma.quickstart import run_quickstart
+    from data_builders.yolo_detect import detect as run_detect
 
-    page = run_quickstart(out, seed=seed, control=control)
-    out_console.print(f"Open {page}", soft_wrap=True)
+    with redirect_stdout(sys.stderr):  # what Ultralytics prints
+        found = run_detect(
+            weights,
+            images,
+            out,
+            confidence=confidence,
+            modality=modality,
+            model_license=model_license,
+            progress=not as_json,
+        )
+    if as_json:
+        from data_builders.audit import describe_problem
+
+        figures = {"boxes": found.boxes, "images": found.images, "done_before": found.done_before}
+        listed = [describe_problem(problem) for problem in found.problems]
+        print_json({"wrote": str(out), **figures, "problems": listed})
+        return
+    _print_problems(found.problems)
+    before = f"; {found.done_before} images were done before" if found.done_before else ""
+    out_console.print(f"{found.boxes} boxes on {found.images} images{before}", soft_wrap=True)
+    out_console.print(f"Say in {out / 'sources.yaml'} what each class means, then build from it", soft_wrap=True)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _print_problems(problems: Iterable[Problem]) -> None:
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        counts[problem.code] += 1
+        if counts[problem.code] <= SHOWN_PER_CODE:
+            out_console.print(f"  {problem.severity}: {problem}", markup=False, highlight=False, soft_wrap=True)
+    for code, count in counts.items():
+        if count > SHOWN_PER_CODE:
+            out_console.print(f"  … {count} problems of the kind {code}")
+
+
+@app.command(rich_help_panel=TRAINING, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def doctor(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A stage's YAML; options of its recipe may follow.")],
@@ -438,7 +450,7 @@ def doctor(
 
             add_rehearsal(found, config, context.args)
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        print_json(found.as_json())
     else:
         from dentalgemma.training.doctor_page import print_page
 
@@ -447,98 +459,72 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
-def env(as_json: AsJson = False) -> None:
-    """Versions and hardware, for a bug report. Prints no secrets and no paths."""
-    from dentalgemma.training.run_facts import describe_environment
-
-    facts = describe_environment()
-    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
-
-
-@app.command("export-yolo")
-def export_yolo(
-    sources: Annotated[Path, typer.Argument(help="A sources file.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    task: Annotated[
-        Literal["detect", "segment", "obb"], typer.Option(help="Boxes, outlines, or oriented boxes.")
-    ] = "detect",
-    classes: Annotated[
-        Literal["label", "tooth"], typer.Option(help="Classes are what was found, or the tooth it was found on.")
-    ] = "label",
-    seed: Seed = None,
-    workers: Workers = 2,
+@app.command(rich_help_panel=TRAINING)
+def merge(
+    run: Annotated[str, typer.Argument(help="A run folder with an adapter, a checkpoint, or an adapter's Hub id.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    base: Annotated[str | None, typer.Option(help="The base, where the adapter does not name the right one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the merged weights are cast to: bfloat16, float16; float32 loses nothing.")
+    ] = "bfloat16",
+    rows: Annotated[
+        str | None, typer.Option(help="The dataset whose validation rows adapter and merged model must answer alike.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the sources as a dataset that Ultralytics trains a detector on, split by group.
+    """Fold an adapter and those before it into their base, once, and write a model folder with its certificate.
 
-    What a detector found (`origin: model`) is never exported: it is no truth to train another one on.
+    Every tensor is read again and compared, and the folder must answer as the adapters did. Exit code 1 if a check
+    fails: such a folder gets no card and is not pushed.
 
-    Example: `dentalgemma export-yolo sources.yaml --out data/yolo --task obb`
+    Example: `dentalgemma merge runs/stage1_vqa --out models/stage1_vqa --rows data/vqa`
     """
-    from data_builders.audit import describe_problem
-    from data_builders.sources import load_sources
-    from data_builders.yolo_export import export_yolo as run_export
+    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to stdout when it is imported
+        from dentalgemma.merging import merge_adapter
 
-    loaded = load_sources(sources)
-    report, problems = run_export(
-        loaded, out, task=task, classes=classes, seed=seed, workers=workers, progress=not as_json
-    )
+        certificate = merge_adapter(run, out, base=base, dtype=dtype, rows=rows)
     if as_json:
-        listed = [describe_problem(problem) for problem in problems]
-        typer.echo(json.dumps({**report, "problems": listed}, indent=2, ensure_ascii=False))
+        print_json(certificate)
         return
-    for split, counts in report["splits"].items():
-        without = f", {counts['negatives']} of them without any" if counts["negatives"] else ""
-        out_console.print(f"{split}: {counts['findings']} findings on {counts['images']} images{without}")
-    for split in report["empty_splits"]:
-        out_console.print(f"[yellow]split {split} is empty: there are too few groups", soft_wrap=True)
-    _print_problems(problems)
-    out_console.print(f"Wrote {out}; train with data={out / 'data.yaml'}", soft_wrap=True)
+    update = certificate["rounding"]
+    changed = f"{certificate['changed_tensors']} of {certificate['tensors']} tensors changed"
+    parity = f"logits differ by at most {certificate['max_logit_difference']:.1e} in fp32"
+    cast = f"{certificate['reloaded_max_logit_difference']:.1e} after the cast to {dtype}"
+    out_console.print(f"Wrote {out}: {changed}; {parity}, {cast}, on {certificate['parity_inputs']}", soft_wrap=True)
+    out_console.print(
+        f"The cast: error {update['relative_error']:.1%} of the update, cosine {update['cosine']:.4f}, "
+        f"{update['unchanged_share']:.1%} of its entries without effect",
+        soft_wrap=True,
+    )
+    adapter = certificate["adapter"]
+    stacked = "all stages as one LoRA adapter, rank {rank}: adapter/" if "rank" in adapter else "No adapter: {left_out}"
+    out_console.print(stacked.format(**adapter), soft_wrap=True, markup=False, highlight=False)
+    for warning in certificate["warnings"]:
+        out_console.print(f"[yellow]{warning}", soft_wrap=True)
 
 
-@app.command()
-def detect(
-    weights: Annotated[Path, typer.Argument(help="A trained Ultralytics model (.pt): a pickle, so one you trust.")],
-    images: Annotated[Path, typer.Argument(help="A folder of images that nobody labelled.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; a started one is completed.")],
-    confidence: Annotated[float, typer.Option(min=0, max=1, help="Boxes below it are left out.")] = 0.25,
-    modality: Annotated[Modality | None, typer.Option(help="What the images are, for the sources file.")] = None,
-    model_license: Annotated[str | None, typer.Option(help="Licence of the weights, to be noted beside.")] = None,
-) -> None:
-    """Look for findings with a trained detector; its boxes become a source of `origin: model`.
-
-    Needs `pip install "dentalgemma[yolo]"`. Ultralytics and the models it publishes are under AGPL-3.0, which asks more
-    of you than this toolkit's own licence.
-
-    Example: `dentalgemma detect best.pt unlabelled --out detected --confidence 0.25 --model-license AGPL-3.0`
-    """
-    from data_builders.yolo_detect import detect as run_detect
-
-    found = run_detect(weights, images, out, confidence=confidence, modality=modality, model_license=model_license)
-    _print_problems(found.problems)
-    before = f"; {found.done_before} images were done before" if found.done_before else ""
-    out_console.print(f"{found.boxes} boxes on {found.images} images{before}", soft_wrap=True)
-    out_console.print(f"Say in {out / 'sources.yaml'} what each class means, then build from it", soft_wrap=True)
-
-
-def _print_problems(problems: Iterable[Problem]) -> None:
-    counts: Counter[str] = Counter()
-    for problem in problems:
-        counts[problem.code] += 1
-        if counts[problem.code] <= SHOWN_PER_CODE:
-            out_console.print(f"  {problem.severity}: {problem}", markup=False, highlight=False, soft_wrap=True)
-    for code, count in counts.items():
-        if count > SHOWN_PER_CODE:
-            out_console.print(f"  … {count} problems of the kind {code}")
+app.add_typer(evaluation_app)
+app.add_typer(publishing_app)
+app.add_typer(trying_app)
+app.add_typer(rehearsing_app)
 
 
 def main() -> None:
-    """Run the command; what a user can mend is one sentence and its exit code, a failure of ours a traceback and 1."""
+    """Run the command; what a user can mend is one sentence and its exit code, a failure of ours a traceback and 1.
+
+    Ctrl-C ends it with 130, as a shell has it; recipes, which save before they stop, with 75.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 gets a "?" instead of a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # Where bitsandbytes is installed, it tells everybody without a GPU of a kernel that only 4-bit models would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="dentalgemma")
     except InputError as error:
         _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -548,8 +534,3 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> NoReturn:
     error_console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(exit_code)
-
-
-def _need_empty(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty; choose a new folder")

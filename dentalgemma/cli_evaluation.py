@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from dentalgemma.cli_output import AsJson, out_console, print_json, tell_written
 from dentalgemma.evaluation.files import EvaluationError, read_text, without_folder, write_json
 
 if TYPE_CHECKING:
     from dentalgemma.evaluation.scoring import Run
 
 app = typer.Typer(rich_markup_mode="markdown")
-out_console = Console()
+PANEL = "Evaluation"
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
 Questions = Annotated[Path, typer.Option(help="The questions that were asked (JSONL).")]
 Verdicts = Annotated[
     list[Path] | None,
@@ -84,7 +83,7 @@ class Protocol(StrEnum):
     official = "official"
 
 
-@app.command("import-questions")
+@app.command("import-questions", rich_help_panel=PANEL)
 def import_questions(
     out: Annotated[Path, typer.Option(help="The questions file (JSONL) to write; images go to a folder beside it.")],
     files: Annotated[list[Path] | None, typer.Argument(help="The TSV files of MMOral-Bench, closed, open or both.")] = (
@@ -107,7 +106,7 @@ def import_questions(
     paths = files or download(repo, revision, out.with_name(f"{out.stem}_download"))
     summary = run_import(paths, out, allow_other_md5=allow_other_md5)
     if as_json:
-        typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
+        print_json(summary)
         return
     typer.echo(f"Wrote {summary['closed']} closed and {summary['open']} open questions on {summary['images']} images")
     if summary["closed"]:
@@ -120,7 +119,7 @@ def import_questions(
             typer.echo(f"{file['name']} is not the published file: its MD5 is {file['md5']}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def evaluate(
     context: typer.Context,
     questions: Annotated[Path, typer.Argument(help="Questions, closed and open ones, as JSONL.")],
@@ -145,6 +144,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="Requests at a time to a server.")] = 4,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a server may take for an answer.")] = 120,
     hardware: Annotated[str | None, typer.Option(help="The server's hardware, for the record.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a model questions and keep its answers; what is answered already is not asked again.
 
@@ -187,7 +187,7 @@ def evaluate(
             batch_size=batch_size,
             **lengths,
         )
-    out_console.print(f"Wrote {out}", soft_wrap=True)
+    tell_written(out, f"Wrote {out}", as_json=as_json, questions=len(items))
 
 
 def _evaluate_here(items: Sequence, model: str, dtype: Dtype, revision: str | None, **settings: object) -> None:
@@ -213,7 +213,7 @@ def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> Non
             raise EvaluationError(f"--{name.replace('_', '-')} {why}")
 
 
-@app.command("import-predictions")
+@app.command("import-predictions", rich_help_panel=PANEL)
 def import_predictions(
     logs: Annotated[
         list[Path],
@@ -243,10 +243,13 @@ def import_predictions(
     from dentalgemma.evaluation.importers import import_predictions as run_import
 
     summary = run_import(logs, questions, out, format=log_format.value, model=model, match=match.value, epoch=epoch)
-    typer.echo(json.dumps(summary, indent=2, ensure_ascii=False) if as_json else format_import(summary))
+    if as_json:
+        print_json(summary)
+    else:
+        typer.echo(format_import(summary))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def judge(
     context: typer.Context,
     predictions: Annotated[Path, typer.Argument(help="Predictions with answers to open questions.")],
@@ -298,7 +301,10 @@ def judge(
             price=price,
             max_tokens=max_tokens,
         )
-    typer.echo(json.dumps(summary, indent=2, ensure_ascii=False) if as_json else format_summary(summary))
+    if as_json:
+        print_json(summary)
+    else:
+        typer.echo(format_summary(summary))
     if summary["judge_errors"]:
         raise typer.Exit(1)
 
@@ -321,7 +327,7 @@ def _open_judge(
     return nullcontext(LocalJudge(loaded, processor, name=without_folder(model)))
 
 
-@app.command("judge-sample")
+@app.command("judge-sample", rich_help_panel=PANEL)
 def judge_sample(
     verdicts: Annotated[Path, typer.Argument(help="What `judge` wrote.")],
     predictions: Annotated[Path, typer.Argument(help="The predictions that were judged.")],
@@ -329,6 +335,7 @@ def judge_sample(
     out: Annotated[Path, typer.Option(help="The CSV to write; `judge-agreement` reads it when filled in.")],
     size: Annotated[int, typer.Option(min=1, help="Answers to draw.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Draw judged answers for a person to judge blindly.
 
@@ -338,10 +345,11 @@ def judge_sample(
     from dentalgemma.evaluation.judge import read_verdicts
 
     number = write_audit_sample(read_verdicts(verdicts), predictions, questions, out=out, n=size, seed=seed)
-    out_console.print(f"Wrote {number} answers to {out}: fill in the column verdict", soft_wrap=True)
+    sentence = f"Wrote {number} answers to {out}: fill in the column verdict"
+    tell_written(out, sentence, as_json=as_json, answers=number)
 
 
-@app.command("judge-agreement")
+@app.command("judge-agreement", rich_help_panel=PANEL)
 def judge_agreement(
     verdicts: Annotated[Path, typer.Argument(help="What `judge` wrote.")],
     human: Annotated[Path, typer.Argument(help="A person's verdicts on the same answers (CSV or JSONL).")],
@@ -359,7 +367,7 @@ def judge_agreement(
     _show(figures | {"verdicts_sha256": hash_file(verdicts)}, out)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def score(
     predictions: Annotated[Path, typer.Argument(help="What `evaluate` or `import-predictions` wrote.")],
     questions: Questions,
@@ -383,7 +391,7 @@ def score(
     _show(scores, out)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def compare(
     predictions: Annotated[list[Path], typer.Argument(help="Predictions on the same questions; the first is before.")],
     questions: Questions,
@@ -422,7 +430,10 @@ def compare(
     result = first_to_last if len(runs) == 2 else compare_all(runs, draws=draws, seed=seed)
     if out:
         write_json(out, result)
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_comparison(result))
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(format_comparison(result))
     if fail_if_worse:
         reasons = [
             is_worse(first_to_last, kind=kind, margin=margin) for kind in ("closed", "open") if first_to_last[kind]
@@ -433,7 +444,7 @@ def compare(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def gate(
     predictions: Annotated[list[Path], typer.Argument(help="Predictions of base, stage 1, stage 2, … in this order.")],
     questions: Questions,
@@ -453,15 +464,19 @@ def gate(
     result = gate_runs(_read_runs(predictions, questions, None, names, Protocol.seed), margin=margin)
     if out:
         write_json(out, result)
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_gate(result))
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(format_gate(result))
     if not result["passed"]:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def plan(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="The plan, as examples/ shows one.")],
     out: Annotated[Path, typer.Option(help="The locked plan (JSON) to write; a lock is never overwritten.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write and lock a pre-registration: weights, mappings, tests, tie rule, veto. Publish its hash at once.
 
@@ -470,12 +485,15 @@ def plan(
     from dentalgemma.evaluation.plan import write_plan
 
     lock = write_plan(plan_file, out)
+    if as_json:
+        print_json({"wrote": str(out), "locked_at": lock["locked_at"], "plan_sha256": lock["plan_sha256"]})
+        return
     out_console.print(f"Locked {out} at {lock['locked_at']}", soft_wrap=True)
     out_console.print(f"SHA-256 {lock['plan_sha256']}", soft_wrap=True, highlight=False)
     out_console.print("Publish this hash before the first answer: a clock of one's own proves nothing to others.")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def decide(
     locked: Annotated[Path, typer.Argument(metavar="PLAN.lock.json", help="What `plan` wrote.")],
     scores: Annotated[
@@ -502,12 +520,12 @@ def decide(
         paths[name] = Path(path)
     result = run_decide(locked, paths, out=out, declared=declared, comparisons=comparison or ())
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        print_json(result)
     else:
         typer.echo(out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def contamination(
     questions: Annotated[Path, typer.Argument(help="The questions (JSONL), with their images.")],
     dataset: Annotated[list[Path], typer.Argument(help="Dataset folders that a model was trained on.")],
@@ -523,19 +541,19 @@ def contamination(
     """
     from dentalgemma.evaluation.contamination import check_contamination, format_contamination
 
-    results = [check_contamination(questions, folder) for folder in dataset]
+    results = [check_contamination(questions, folder, progress=not as_json) for folder in dataset]
     document = results[0] if len(results) == 1 else results
     if out:
         write_json(out, document)
     if as_json:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
     else:
         typer.echo("\n".join(map(format_contamination, results)))
     if fail_if_found and not all(result["clean"] for result in results):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def report(
     predictions: Annotated[list[Path], typer.Argument(help="Predictions on the same questions; the first is before.")],
     questions: Questions,
@@ -551,6 +569,7 @@ def report(
     protocol: Annotated[Protocol, typer.Option(help="How a letter is read from an answer.")] = Protocol.seed,
     draws: Draws = 1_000,
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """One self-contained page: decision, accuracies, pairs, bounds, flips, clinical figures, latency, hashes.
 
@@ -575,10 +594,10 @@ def report(
         title=title,
         flips=flips,
     )
-    out_console.print(f"Open {out}", soft_wrap=True)
+    tell_written(out, f"Open {out}", as_json=as_json)
 
 
-@app.command("export-results")
+@app.command("export-results", rich_help_panel=PANEL)
 def export_results(
     scores: Annotated[Path, typer.Argument(help="What `score` wrote.")],
     folder: Annotated[Path, typer.Argument(help="The model folder; the file goes to its `.eval_results`.")],
@@ -589,6 +608,7 @@ def export_results(
     protocol: Annotated[
         Protocol, typer.Option(help="How letters were read; a leaderboard compares official ones.")
     ] = Protocol.official,
+    as_json: AsJson = False,
 ) -> None:
     """Write scores as the Hub's `.eval_results/*.yaml`, so that they show on the model's page and in leaderboards.
 
@@ -607,7 +627,7 @@ def export_results(
         kind=kind.value,
         protocol=protocol.value,
     )
-    out_console.print(f"Wrote {written}", soft_wrap=True)
+    tell_written(written, f"Wrote {written}", as_json=as_json)
 
 
 def _read_runs(
@@ -654,4 +674,4 @@ def _show(document: dict, out: Path | None) -> None:
         write_json(out, document)
         out_console.print(f"Wrote {out}", soft_wrap=True)
     else:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from dentalgemma.cli_output import AsJson, out_console, print_json, tell_written
 
 app = typer.Typer(rich_markup_mode="markdown")
-out_console = Console()
 
 PANEL = "Publishing"
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -29,6 +27,11 @@ def card(
     benchmark: Annotated[str | None, typer.Option(help="What the questions of these scores are called.")] = None,
     contamination: Annotated[Path | None, typer.Option(help="What `contamination` wrote.")] = None,
     decision: Annotated[Path | None, typer.Option(help="What `decide` wrote.")] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="The model's repository on the Hub, owner/name, for the usage code of the card.")
+    ] = None,
+    adapter_repo: Annotated[str | None, typer.Option(help="The same of its adapter, for the adapter's card.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the model card from recorded facts: run facts, merge certificate, evaluation. Nothing is typed by hand.
 
@@ -44,8 +47,10 @@ def card(
         contamination=contamination,
         decision=decision,
         benchmark=benchmark,
+        repo=repo,
+        adapter_repo=adapter_repo,
     )
-    out_console.print(f"Wrote {written}", soft_wrap=True)
+    tell_written(written, f"Wrote {written}", as_json=as_json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -73,8 +78,8 @@ def push(
 
     Example: `dentalgemma push data/vqa me/dental-vqa --public --tag v1.0`
     """
-    from dentalgemma.publishing.hub import print_report
     from dentalgemma.publishing.hub import push as run_push
+    from dentalgemma.publishing.push_report import print_report
 
     report = run_push(
         folder,
@@ -87,7 +92,7 @@ def push(
         progress=not as_json,
     )
     if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
     else:
         print_report(report, out_console)
 
@@ -112,8 +117,10 @@ def quantize(
 
         certificate = quantize_model(model, out, rows=rows)
     if as_json:
-        typer.echo(json.dumps(certificate, indent=2))
+        print_json(certificate)
         return
     found = certificate["quantization"]
     alike = f"{found['same_token_share']:.1%} of the most likely tokens are the same"
     out_console.print(f"Wrote {out}: {alike}, on {found['parity_inputs']}", soft_wrap=True)
+    for warning in certificate["warnings"]:
+        out_console.print(warning, style="yellow", markup=False, soft_wrap=True)

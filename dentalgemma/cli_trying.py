@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from dentalgemma.cli_output import AsJson, tell_written
 
 app = typer.Typer(rich_markup_mode="markdown")
-out_console = Console()
 
 PANEL = "Trying a model"
 Revision = Annotated[str | None, typer.Option(help="Commit or tag of a model on the Hub.")]
@@ -58,6 +58,7 @@ def space(
     model: Annotated[str, typer.Option(help="Hub id of the model that the page shows.")],
     base: Annotated[str | None, typer.Option(help="Hub id of a model to answer beside it.")] = None,
     revision: Revision = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the demo page as a Space for the Hub: app.py, requirements.txt and its card.
 
@@ -66,4 +67,4 @@ def space(
     from dentalgemma.publishing.space import write_space
 
     written = write_space(folder, model, base=base, revision=revision)
-    out_console.print(f"Wrote {written}", soft_wrap=True)
+    tell_written(written, f"Wrote {written}", as_json=as_json)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -186,8 +188,9 @@ def check_space(files: Sequence[WeightFile], dtype: torch.dtype, out: Path) -> N
 def fold(files: Sequence[WeightFile], updates: Mapping[str, Update], out: Path, dtype: torch.dtype) -> None:
     """Write the base's weight files to the folder `out` with the updates folded in and all numbers cast to `dtype`."""
     for file in files:
-        with (out / file.path.name).open("wb") as target:
-            tensors = written_tensors(file, dtype)
+        tensors = written_tensors(file, dtype)
+        with (out / file.path.name).open("wb") as target, Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"Writing {file.path.name}", total=sum(new.count for new in tensors))
             write_header(target, tensors, file.metadata)
             for new in tensors:
                 stored = file.tensors[new.key]
@@ -195,6 +198,7 @@ def fold(files: Sequence[WeightFile], updates: Mapping[str, Update], out: Path, 
                 for first, last in stored.pieces():
                     rows = file.read_rows(stored, first, last)
                     target.write(to_bytes((wanted(rows, loaded, first, last) if loaded else rows).to(new.dtype)))
+                bar.advance(task, new.count)
     index = files[0].path.parent / INDEX
     if index.is_file():
         document = json.loads(index.read_text(encoding="utf-8"))
@@ -263,16 +267,19 @@ def inspect_fold(
     total, changes, changed, strays = Change(), {}, 0, []
     for file in files if not failures else ():
         merged = open_weights(out / file.path.name)
-        for key, stored in file.tensors.items():
-            result = _inspect_tensor(file, stored, merged, updates.get(key), dtype)
-            changed += result.differs
-            if key in updates:
-                total.add(result.change)
-                changes[key] = result.change.figures()
-                if not result.near:
-                    failures.append(f"{key} is not, rounded, what was to be written")
-            elif result.differs:
-                strays.append(key)
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"Checking {file.path.name}", total=sum(t.count for t in file.tensors.values()))
+            for key, stored in file.tensors.items():
+                result = _inspect_tensor(file, stored, merged, updates.get(key), dtype)
+                bar.advance(task, stored.count)
+                changed += result.differs
+                if key in updates:
+                    total.add(result.change)
+                    changes[key] = result.change.figures()
+                    if not result.near:
+                        failures.append(f"{key} is not, rounded, what was to be written")
+                elif result.differs:
+                    strays.append(key)
     if strays:
         failures.append(f"{len(strays)} tensors changed that no adapter changes, for example {strays[0]}")
     facts = {

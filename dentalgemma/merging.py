@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,11 @@ from transformers import ProcessorMixin
 from data_builders.records import InputError
 from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
 from dentalgemma.evaluation.files import without_folder
-from dentalgemma.folding import COSINE_WARNING, check_space, fold, inspect_fold, plan_updates
+from dentalgemma.folding import COSINE_WARNING, Update, check_space, fold, inspect_fold, plan_updates
 from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import load_processor, take_image_fit, write_image_fit
 from dentalgemma.parity import SYNTHETIC, Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
+from dentalgemma.stacking import FOLDER, stack_adapters
 from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of
 from dentalgemma.weight_files import hash_file, open_model
 
@@ -76,7 +77,7 @@ def merge_adapter(
     what the weights are cast to at the very end. `rows` names a dataset whose validation rows the merged model must
     answer as the adapters did; without it the run's own is taken where it lies in its usual place, and where it does
     not, the certificate warns that a synthetic picture had to do. The folder appears under its name only when it is
-    complete, and loads with plain transformers.
+    complete, and loads with plain transformers. In it lies `adapter/`: all adapters as one, see `stacking`.
 
     Raises:
         MergeError: when nothing changed, or when the certificate failed; in the latter case it lies in `out`.
@@ -106,18 +107,19 @@ def merge_adapter(
         "base_model": name,
         "base_revision": None if base else start.revision,
         "base_weights": weights,
-        "adapter": Path(run).name,
+        "run": Path(run).name,
         "adapters": [adapter.folder.name for adapter in adapters],
         "dtype": dtype,
     }
-    rows = rows or _rows_at_hand(stages)
+    rows = rows or rows_at_hand(stages)
     if rows is None:
         doubts.append(f"adapter and merged model were compared on {SYNTHETIC} alone: name a dataset with --rows")
     unfinished = out.absolute().parent / f".{out.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
     try:
         unfinished.mkdir(parents=True)
-        certificate |= _merge(folder, adapters, unfinished, getattr(torch, dtype), rows)
+        named = (certificate["base_model"], certificate["base_revision"])
+        certificate |= _merge(folder, adapters, unfinished, getattr(torch, dtype), rows, named)
         certificate["warnings"] += doubts
         certificate |= {"stages": stages, "adapted": certificate.pop("adapted")}  # the longest last
         write_certificate(unfinished, certificate)
@@ -145,8 +147,18 @@ def _base_folder(base: str | None, start: Start) -> Path:
         raise LoadError(f"{name} is not here; --base names the adapter's base if it lies elsewhere") from None
 
 
-def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dtype, rows: str | None) -> dict:
-    """Write the model folder and return what was found in it; base, adapters and result are never in memory at once."""
+def _merge(
+    folder: Path,
+    adapters: Sequence[Adapter],
+    out: Path,
+    dtype: torch.dtype,
+    rows: str | None,
+    named: tuple[str, str | None],
+) -> dict:
+    """Write the model folder and return what was found in it; base, adapters and result are never in memory at once.
+
+    `named` is the base and its revision, for whoever loads the adapter.
+    """
     files = open_model(folder)
     updates = plan_updates(folder, files, adapters)
     check_space(files, dtype, out)
@@ -158,6 +170,7 @@ def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dt
     facts, failures = inspect_fold(files, updates, out, dtype)
     facts["parity_inputs"] = described
     if not failures:  # a folder that is wrong already might not even load
+        facts["adapter"], failures = _stack(folder, updates, out, named)
         reference = ask_reference(folder, adapters, batches, files, updates)
         failures += reference.failures
         answers = ask_merged(out, batches, reference.dtype)
@@ -165,6 +178,15 @@ def _merge(folder: Path, adapters: Sequence[Adapter], out: Path, dtype: torch.dt
         facts["weights"] = answers.weights
         facts["files"] = hash_weights(out)
     return {"passed": not failures, "failures": failures, "warnings": _warnings(facts, dtype), **facts}
+
+
+def _stack(
+    folder: Path, updates: Mapping[str, Update], out: Path, named: tuple[str, str | None]
+) -> tuple[dict, list[str]]:
+    """Write all adapters as one into `out`, unless they are only the last part of what was trained."""
+    if (folder / CERTIFICATE).is_file():
+        return {"left_out": f"the base {named[0]} is a merged model itself: its own stages would be missing"}, []
+    return stack_adapters(updates, out, base=named[0], revision=named[1])
 
 
 def _judge(reference: Reference, answers: Answers, failures: list[str]) -> dict:
@@ -288,7 +310,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors*"))}
 
 
-def _rows_at_hand(stages: Sequence[dict]) -> str | None:
+def rows_at_hand(stages: Sequence[dict]) -> str | None:
     """The last stage's dataset, where it lies in `data/` as in the documentation, or is named by a path that exists."""
     name = stages[-1].get("dataset")
     places = [Path(name), Path("data") / Path(name).name] if name else []
@@ -361,4 +383,15 @@ def read_certificate(folder: Path) -> dict:
         raise MergeError(f"{path}: the merge failed: {reasons}; merge again")
     if certificate.get("files") != hash_weights(Path(folder)):
         raise MergeError(f"{path} is about other weights than those that lie beside it; merge again")
+    _check_adapter(certificate, Path(folder) / FOLDER)
     return certificate
+
+
+def _check_adapter(certificate: dict, adapter: Path) -> None:
+    """The adapter beside the weights may be missing, but not another one."""
+    facts = certificate.get("adapter")
+    if not adapter.exists() or not isinstance(facts, dict) or "sha256" not in facts:
+        return
+    weights = adapter / WEIGHTS
+    if not weights.is_file() or hash_file(weights) != facts["sha256"]:
+        raise MergeError(f"{weights} is not the adapter that {CERTIFICATE} is about; merge again")

@@ -179,6 +179,11 @@ def _find_shards(dataset: Path) -> dict[Path, str]:
     shards = {path: path.name.split("-")[0] for path in sorted((dataset / "data").glob("*-*.parquet"))}
     if not shards:
         raise EvaluationError(f"{dataset} holds no data/<split>-*.parquet: name a dataset folder that `build` wrote")
+    for path in shards:
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise EvaluationError(f"{path} is no complete parquet file ({error}); build or download it again") from None
     return shards
 
 

@@ -1,32 +1,65 @@
-"""The model card, rendered from recorded facts: merge certificate, run facts of every stage, a comparison."""
+"""The cards of a model and of its adapter, rendered from recorded facts: certificate, run facts, scores."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_builders.chat import SYSTEM_PROMPT
-from data_builders.records import InputError
+from data_builders.dataset_card import LANGUAGES, MODALITIES
+from data_builders.licences import find_licence
+from dentalgemma import __version__
+from dentalgemma.evaluation.files import write_whole
 from dentalgemma.evaluation.report_notes import count_found, note_chance
-from dentalgemma.evaluation.report_text import FILTERS, has_width
-from dentalgemma.evaluation.results import model_index
-from dentalgemma.merging import CERTIFICATE, MergeError, read_certificate
-from dentalgemma.training.run_facts import UNRECORDED
+from dentalgemma.evaluation.report_text import FILTERS, TURNS, escape_markdown, has_width, write_code
+from dentalgemma.evaluation.results import REPO_ID, model_index
+from dentalgemma.publishing.card_facts import (
+    CardError,
+    compose_panels,
+    describe_procedure,
+    find_test,
+    list_findings,
+    list_languages,
+    list_missed,
+    list_results,
+    list_versions,
+    read_comparison,
+    read_contamination,
+    read_decision,
+    read_recorded,
+    read_scores,
+)
+from dentalgemma.publishing.card_figures import draw_composition, draw_losses, draw_results
+from dentalgemma.publishing.licences import ModelTerms, find_base, judge_model, list_sources
 
-HAI_DEF = {
-    "license": "other",
-    "license_name": "health-ai-developer-foundations",
-    "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
-}
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
+README, NOTICE, FIGURES, ADAPTER = "README.md", "NOTICE", "figures", "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+TAGS = ["dental", "medical", "radiology", "dentalgemma"]
+WEB = re.compile(r"https?://[^\s<>()\[\]\"'`|\\]+")
+NO_CITATION = re.compile(r"[^\w .,:/-]")
+PROJECT = "https://github.com/dentalgemma/dentalgemma"
+
+__all__ = ["CardError", "write_model_card"]
 
 
-class CardError(InputError):
-    """A card that cannot be written; the message says which fact is missing."""
+class Kind(NamedTuple):
+    """What a card is about: its front matter's library and relation to the base, and the template of its page."""
+
+    library: str
+    relation: str
+    template: str
+
+
+MODEL = Kind("transformers", "finetune", "model_card.md.jinja")
+QUANTIZED = Kind("transformers", "quantized", "model_card.md.jinja")
+LORA = Kind("peft", "adapter", "adapter_card.md.jinja")
 
 
 def write_model_card(
@@ -38,162 +71,276 @@ def write_model_card(
     contamination: Path | None = None,
     decision: Path | None = None,
     benchmark: str | None = None,
+    repo: str | None = None,
+    adapter_repo: str | None = None,
 ) -> Path:
-    """Write `README.md` into a merged model folder and return its path.
+    """Write `README.md`, its figures and, where the base's terms ask for one, `NOTICE` into a merged model folder.
 
-    `base` is the Hub id of the base, where the runs started from a folder. `scores` of this model also become the
-    card's `model-index`, where `benchmark` says what the questions are called. `contamination` is one document, or a
-    list of one for each dataset.
+    The folder's `adapter/`, where there is one, gets its own, and its configuration names the base. `base` is the Hub
+    id of the base, where the runs started from a folder. `scores` of this model also become the card's `model-index`,
+    where `benchmark` says what the questions are called. `contamination` is one document, or a list of one for each
+    dataset. `repo` and `adapter_repo` are the repositories on the Hub that the usage code is to name; without them it
+    names the folder. Returns the path of the model's card.
 
     Raises:
         CardError: when a fact is missing, or one of the files is not about this model and its questions.
     """
-    model = Path(model)
-    certificate = _read_certificate(model)
+    model = Path(model).resolve()
+    certificate = read_recorded(model)
     stages = certificate["stages"]
-    first = stages[0]
-    rehearsal = first["base_is_rehearsal"]
-    if first["base_is_local"] and not rehearsal and base is None:
+    rehearsal = bool(stages[0]["base_is_rehearsal"])
+    base = _find_base(stages[0], base)
+    _check_repositories(repo, adapter_repo)
+    scored = read_scores(Path(scores), certificate) if scores else None
+    compared = read_comparison(Path(comparison), certificate) if comparison else None
+    terms = judge_model(base, list_sources(stages), rehearsal=rehearsal)
+    facts = {
+        "certificate": certificate,
+        "stages": stages,
+        "rehearsal": rehearsal,
+        "base": base,
+        "origin": "a small random model for rehearsals" if rehearsal else f"`{base}`",
+        "splits": list(dict.fromkeys(split for stage in stages for split in stage["dataset_rows"])),
+        "terms": terms,
+        "comparison": compared,
+        "scores": scored,
+        "contamination": read_contamination(Path(contamination)) if contamination else None,
+        "decision": read_decision(Path(decision), certificate, scored) if decision else None,
+        "test": find_test(compared, scored),
+        "adapter": _stacked(model, certificate),
+        "languages": list_languages(stages),
+        "findings": list_findings(stages),
+        "versions": list_versions(stages),
+        "procedure": describe_procedure(stages),
+    }
+    figures = {
+        "loss.png": draw_losses(stages),
+        "results.png": draw_results(list_results(compared, scored)),
+        "data.png": draw_composition(compose_panels(stages)),
+    }
+    index = _index(model, scored, benchmark) if scored else {}
+    kind = QUANTIZED if certificate.get("quantization") else MODEL
+    if facts["adapter"]:
+        _write(model / ADAPTER, LORA, facts, figures, repo=adapter_repo, name=model.name)
+        _name_base(model / ADAPTER / ADAPTER_CONFIG, base, rehearsal=rehearsal)
+    return _write(model, kind, facts, figures, repo=repo, name=model.name, index=index)
+
+
+def _find_base(first: Mapping, base: str | None) -> str:
+    """The Hub id of the base; of a rehearsal the name of its folder."""
+    recorded = first["base_model"]
+    if first["base_is_rehearsal"]:
+        return base or recorded
+    if first["base_is_local"]:
+        if base is None:
+            raise CardError(
+                f"the first stage started from a folder, {recorded}: say with --base which Hub model that is, "
+                "since its terms pass on to this one"
+            )
+    elif base not in (None, recorded):
+        raise CardError(f"the first stage was trained from {recorded}, not from {base}: leave --base out")
+    base = base or recorded
+    if not REPO_ID.fullmatch(base):
+        raise CardError(f"{base!r} is no model of the Hub: --base is its owner/name")
+    by_name = find_base(recorded)
+    if by_name and find_base(base) is not by_name:
         raise CardError(
-            f"the first stage started from a folder, {first['base_model']}: say with --base which Hub model that is, "
-            "since its terms pass on to this one"
+            f"the first stage started from a folder {recorded}, which is under the {by_name.title}, and {base} is not: "
+            "name the right model with --base"
         )
-    base = base or first["base_model"]
-    compared = _read_comparison(Path(comparison), certificate) if comparison else None
-    scored = _read_scores(Path(scores), certificate) if scores else None
+    return base
+
+
+def _check_repositories(*repositories: str | None) -> None:
+    for repo in repositories:
+        if repo is not None and not REPO_ID.fullmatch(repo):
+            raise CardError(f"{repo!r} is no repository of the Hub: expected owner/name")
+
+
+def _stacked(model: Path, certificate: Mapping) -> dict | None:
+    """What the certificate says of the folder's own adapter; None where there is none."""
+    found = certificate.get("adapter")
+    here = (model / ADAPTER / ADAPTER_CONFIG).is_file()
+    return found if here and isinstance(found, dict) and "left_out" not in found else None
+
+
+def _write(
+    folder: Path,
+    kind: Kind,
+    facts: Mapping,
+    figures: Mapping[str, bytes | None],
+    *,
+    repo: str | None,
+    name: str,
+    index: Mapping | None = None,
+) -> Path:
+    """Write one card, what it shows and its NOTICE; the card last, since a push looks for it."""
+    title = f"DentalGemma ({_show(name)}{', adapter' if kind is LORA else ''})"
+    own_name = repo or (name if kind is not LORA else f"./{name}/{ADAPTER}")
     body = (
         _environment()
-        .get_template("model_card.md.jinja")
+        .get_template(kind.template)
         .render(
-            title=f"DentalGemma ({model.resolve().name})",
-            base="A small random model for rehearsals" if rehearsal else f"`{base}`",
-            repo=model.resolve().name,
-            stages=stages,
-            sources=[source for stage in stages for source in stage["data_sources"]],
-            certificate=certificate,
-            comparison=compared,
-            scores=scored,
-            contamination=_read_contamination(Path(contamination)) if contamination else None,
-            decision=_read_decision(Path(decision), certificate, scored) if decision else None,
-            has_width=has_width,
-            note_chance=note_chance,
-            count_found=count_found,
-            system_prompt=SYSTEM_PROMPT,
+            **facts,
+            title=title,
+            repo=own_name,
+            on_hub=repo is not None,
+            figures=figures,
+            citations=_cite(facts, repo, name),
         )
     )
+    text = f"---\n{_front_matter(kind, facts, index or {})}---\n\n{body}"
+    for file, content in figures.items():
+        if content is None:
+            (folder / FIGURES / file).unlink(missing_ok=True)  # of an earlier card
+        else:
+            write_whole(folder / FIGURES / file, content)
+    terms: ModelTerms = facts["terms"]
+    if terms.notice:
+        write_whole(folder / NOTICE, terms.notice)
+    write_whole(folder / README, text)
+    return folder / README
+
+
+def _front_matter(kind: Kind, facts: Mapping, index: Mapping) -> str:
+    """The card's metadata as YAML, which reads back as exactly what was meant."""
+    stages = facts["stages"]
+    datasets = dict.fromkeys(name for stage in stages for name in stage.get("hub_datasets") or ())
+    of_base = {} if facts["rehearsal"] else {"base_model": facts["base"], "base_model_relation": kind.relation}
     data = ModelCardData(
-        library_name="transformers",
+        language=facts["languages"] or None,
+        library_name=kind.library,
         pipeline_tag="image-text-to-text",
-        tags=["dental", "medical", "dentalgemma"],
-        **(_index(model, scored, benchmark) if scored else {}),
-        **({"license": "other", "license_name": "rehearsal"} if rehearsal else _base_data(base)),
-    )
-    ModelCard(f"---\n{data}\n---\n\n{body}").save(model / "README.md")
-    return model / "README.md"
+        tags=TAGS,
+        datasets=[name for name in datasets if REPO_ID.fullmatch(name)] or None,
+        **of_base,
+        **facts["terms"].metadata,
+        **index,
+    ).to_dict()
+    data = _plain_values(data)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1_000_000)
+    assert ModelCard(f"---\n{text}---\n").data.to_dict() == data == yaml.safe_load(text)
+    return text
 
 
-def _read_certificate(model: Path) -> dict:
-    """The certificate of a merge that passed, whose stages are all recorded and have passed too."""
-    try:
-        certificate = read_certificate(model)
-    except MergeError as error:
-        raise CardError(str(error)) from error
-    for stage in certificate["stages"]:
-        if stage["stage"] == UNRECORDED:
-            raise CardError(
-                f"{model / CERTIFICATE}: nothing is recorded of {stage['merged_from']}: its run has no run_facts.json"
-            )
-        if (stage.get("proof") or {}).get("passed") is False:
-            raise CardError(f"{model / CERTIFICATE}: {stage['merged_from']} did not train what it was to train")
-    return certificate
-
-
-def _read_comparison(path: Path, certificate: dict) -> dict:
-    """A comparison of the base with this very model, each shown the true images."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [document[kind] for kind in ("closed", "open") if document[kind]]
-        pairs[0]["a"]["wilson"], pairs[0]["b"]["wilson"], pairs[0]["mcnemar_p"], document["splits"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise CardError(f"{path} is no comparison; make it with `dentalgemma compare … --json > {path}`") from None
-    if document["b"]["weights"] != certificate["weights"]:
-        raise CardError(f"{path}: its second model, {document['b']['model']}, does not have the weights of this one")
-    if not document["a"]["images"] == document["b"]["images"] == "true":
-        raise CardError(f"{path}: a card compares models on their true images, not on controls")
-    return document
-
-
-def _read_scores(path: Path, certificate: dict) -> dict:
-    """The scores of this very model, shown the true images."""
-    document = _read_document(path, "scores/1", "dentalgemma score")
-    if document.get("weights") != certificate["weights"]:
-        raise CardError(f"{path}: {document.get('name')} does not have the weights of this model")
-    if document.get("images") != "true":
-        raise CardError(f"{path}: scored with {document.get('images')} images: a control is no result of the model")
-    return document
-
-
-def _read_decision(path: Path, certificate: dict, scores: dict | None) -> dict:
-    """A decision between candidates of whom one is this very model; `candidate` is what it is called there.
-
-    `same_answers` says whether it was decided on the answers that the card shows the scores of.
-    """
-    document = _read_document(path, "decision/1", "dentalgemma decide")
-    decided = document.get("scores") or {}
-    own = [name for name, score in decided.items() if score.get("weights") == certificate["weights"]]
-    if not own:
-        raise CardError(
-            f"{path} decides between {', '.join(decided) or 'nobody'}, and none of them has the weights of this model"
-        )
-    answers = {decided[name].get("predictions_sha256") for name in own}
-    same = scores is None or scores.get("predictions_sha256") in answers
-    candidate = document.get("winner") if document.get("winner") in own else own[0]
-    return {**document, "candidate": candidate, "same_answers": same}
-
-
-def _read_contamination(path: Path) -> list[dict]:
-    """What was found of the questions in training data: one document, or a list of one for each dataset."""
-    documents = _read_json(path)
-    documents = documents if isinstance(documents, list) and documents else [documents]
-    return [_check_format(path, document, "contamination/1", "dentalgemma contamination") for document in documents]
-
-
-def _read_document(path: Path, kind: str, command: str) -> dict:
-    return _check_format(path, _read_json(path), kind, command)
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CardError(f"{path} cannot be read: {error}") from None
-
-
-def _check_format(path: Path, document: object, kind: str, command: str) -> dict:
-    if not isinstance(document, dict) or document.get("format") != kind:
-        raise CardError(f"{path} is no {kind} document; make it with `{command}`")
-    return document
-
-
-def _index(model: Path, scores: dict, benchmark: str | None) -> dict:
+def _index(model: Path, scores: Mapping, benchmark: str | None) -> dict:
     name = benchmark or f"questions {scores['questions_sha256'][:12]}"
-    return {"model_name": model.resolve().name, "eval_results": model_index(scores, dataset_name=name)}
+    return {"model_name": model.name, "eval_results": model_index(scores, dataset_name=name)}
 
 
-def _base_data(base: str) -> dict:
-    """What the front matter says of the base, with MedGemma's terms passed on."""
-    terms = HAI_DEF if "medgemma" in base.lower() else {"license": "apache-2.0"} if "gemma-4" in base.lower() else {}
-    return {"base_model": base, "base_model_relation": "finetune", **terms}
+def _plain_values(value):
+    """The same mapping or list with every text in it on one visible line."""
+    if isinstance(value, dict):
+        return {key: _plain_values(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_plain_values(own) for own in value]
+    return _show(value) if isinstance(value, str) else value
+
+
+def _show(text: object) -> str:
+    """A text as one line of visible characters, which nothing in it turns around."""
+    shown = "".join(c if c.isprintable() else " " for c in TURNS.sub("", str(text)))
+    return " ".join(shown.split())
+
+
+def _name_base(config: Path, base: str, *, rehearsal: bool) -> None:
+    """Let the adapter be loaded on the Hub's base instead of the folder that it was trained from."""
+    if rehearsal:
+        return
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.get("base_model_name_or_path") != base:
+        # The commit was that of another repository.
+        settings |= {"base_model_name_or_path": base, "revision": None}
+        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _cite(facts: Mapping, repo: str | None, name: str) -> list[str]:
+    """BibTeX entries of this model, the toolkit and the base: what is recorded of them, no invented authors."""
+    weights = facts["certificate"]["weights"]
+    version = facts["stages"][-1]["versions"].get("dentalgemma", __version__)
+    own = {"title": repo or name, "note": f"A dental vision-language model, weights {weights}"}
+    entries = [
+        _bibtex("misc", f"{repo or name} {weights}", {**own, **_published(repo)}),
+        _bibtex("software", "dentalgemma", {"title": "DentalGemma", "version": version, "url": PROJECT}),
+    ]
+    if not facts["rehearsal"]:
+        revision = facts["stages"][0].get("base_revision")
+        note = {"note": f"Base model, revision {revision}"} if revision else {"note": "Base model"}
+        entries.append(_bibtex("misc", facts["base"], {"title": facts["base"], **note, **_published(facts["base"])}))
+    return entries
+
+
+def _published(repo: str | None) -> dict[str, str]:
+    return {"publisher": "Hugging Face", "url": f"https://huggingface.co/{repo}"} if repo else {}
+
+
+def _bibtex(kind: str, key: str, fields: Mapping[str, str]) -> str:
+    """An entry whose values hold nothing that BibTeX, LaTeX or a code block could take for a command."""
+    values = {name: " ".join(NO_CITATION.sub(" ", value).split()) for name, value in fields.items()}
+    # An underscore in a text is a subscript to LaTeX; in `url` it is meant.
+    values = {name: value if name == "url" else value.replace("_", "\\_") for name, value in values.items()}
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in values.items())
+    return f"@{kind}{{{re.sub('[^A-Za-z0-9]+', '-', key).strip('-').lower() or 'model'},\n{lines}\n}}"
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("dentalgemma.publishing"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+        loader=PackageLoader("dentalgemma.publishing"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
+    environment.globals |= {
+        "has_width": has_width,
+        "note_chance": note_chance,
+        "count_found": count_found,
+        "list_missed": list_missed,
+        "system_prompt": SYSTEM_PROMPT,
+        "project": PROJECT,
+        "hub_url": _hub_url,
+        "LANGUAGES": LANGUAGES,
+        "MODALITIES": MODALITIES,
+    }
     environment.filters |= {
-        "cell": lambda value: MARKDOWN.sub(r"\\\1", str(value)).replace("\n", " "),
         "points": lambda share: f"{100 * share:+.1f}",
         "percent": lambda share: "–" if share is None else f"{100 * share:.1f} %",
+        "of_100": lambda share: f"{100 * share:.0f} of 100",
+        "number": lambda count: "–" if count is None else f"{count:,}",
+        "python": _python_literal,
+        "licence": _link_licence,
+        "linked": _link_source,
+        "cell": _escape,
+        "code": lambda value: write_code(_show(value)),
         **{name: FILTERS[name] for name in ("many", "label", "tidy")},
     }
     return environment
+
+
+def _escape(value: object) -> str:
+    return escape_markdown(_show(value))
+
+
+def _python_literal(text: str) -> str:
+    """A text as Python source: one line, and nothing in it that an editor would not show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
+
+
+def _link_licence(text: str | None) -> str:
+    """A licence as its source states it, with a link where it is known."""
+    told = _escape(text or "not stated")
+    licence = find_licence(text)
+    return f"[{told}]({licence.url})" if licence else told
+
+
+def _hub_url(stage: Mapping) -> str | None:
+    """Where a stage's dataset is on the Hub, if the run took it from there."""
+    name = stage["dataset"]
+    return f"https://huggingface.co/datasets/{name}" if name in (stage.get("hub_datasets") or ()) else None
+
+
+def _link_source(source: Mapping) -> str:
+    """A source's name, with a link where its address is one of the web."""
+    told, url = _escape(source["name"]), source.get("url")
+    return f"[{told}]({url})" if url and WEB.fullmatch(url) else told

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, Value
 from trl import ModelConfig
 
 from data_builders.dataset_folder import REPORT
@@ -72,7 +73,9 @@ def _write(
         "base_weights": fingerprint_files(weights_folder(start.base, start.revision)),
         "chain": [_without_chain(facts_of(adapter)) for adapter in start.adapters],
         "dataset": without_folder(stage.dataset_name),
-        "data_sources": _data_sources(stage.dataset_name),
+        "data_sources": _data_sources(stage, dataset),
+        "data_contents": _data_contents(stage, dataset),
+        "hub_datasets": [name for name in _dataset_names(stage) if not Path(name).exists()],
         "dataset_rows": {split: len(rows) for split, rows in dataset.items()},
         "dataset_fingerprints": {split: rows._fingerprint for split, rows in dataset.items()},
         "left_out": trainer.rows.left_out,
@@ -117,13 +120,71 @@ def _hash_adapter(path: Path) -> str | None:
     return hash_file(path) if path.is_file() else None
 
 
-def _data_sources(dataset: str | None) -> list[dict]:
-    """Name, licence and rows of the sources behind a dataset folder, from its build report."""
+def _dataset_names(stage: StageConfig) -> list[str]:
+    return [name for name in (stage.dataset_name, *(stage.mix_datasets or ())) if name]
+
+
+def _data_sources(stage: StageConfig, dataset: DatasetDict) -> list[dict]:
+    """Name, licence and rows of the sources behind every dataset of a stage, whose terms its model is under.
+
+    From the build report of a folder; without one, as from the Hub, as each row states it. A dataset that tells neither
+    is a source of its own whose licence is not stated.
+    """
+    sources = []
+    for name in _dataset_names(stage):
+        own = _reported_sources(_build_report(name))
+        if not own and name == stage.dataset_name:
+            own = _stated_sources(dataset[stage.dataset_train_split])
+        sources += own or [_silent_source(name, dataset)]
+    return sources
+
+
+def _build_report(dataset: str | None) -> dict:
     path = Path(dataset or "") / REPORT
-    if not path.is_file():
-        return []
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def _reported_sources(report: dict) -> list[dict]:
     keys = ("name", "license", "url", "modality", "rows")
-    return [{key: source.get(key) for key in keys} for source in json.loads(path.read_text("utf-8"))["sources"]]
+    return [
+        {key: source.get(key) for key in keys} | {"images": source.get("images_built")}
+        for source in report.get("sources", ())
+    ]
+
+
+def _stated_sources(rows: Dataset) -> list[dict]:
+    """What the columns `source` and `license` of a dataset by `dentalgemma build` say."""
+    if not all(rows.features.get(column) == Value("string") for column in ("source", "license")):
+        return []
+    counts = Counter((source, terms) for source, terms in zip(rows["source"], rows["license"], strict=True) if source)
+    return [
+        {"name": source, "license": terms, "url": None, "modality": None, "rows": count, "images": None}
+        for (source, terms), count in counts.items()
+    ]
+
+
+def _silent_source(name: str, dataset: DatasetDict) -> dict:
+    url = None if Path(name).exists() else f"https://huggingface.co/datasets/{name}"
+    mixed = {entry["dataset"]: entry["available"] for entry in getattr(dataset, "mixture", ())}
+    rows = mixed.get(name) or sum(map(len, dataset.values()))
+    return {"name": without_folder(name), "license": None, "url": url, "modality": None, "rows": rows, "images": None}
+
+
+def _data_contents(stage: StageConfig, dataset: DatasetDict) -> dict:
+    """What the training rows hold: images or not, languages, question types, images with each finding."""
+    rows = dataset[stage.dataset_train_split]
+    counts = {
+        column: Counter(filter(None, rows[column]) if rows.features.get(column) == Value("string") else ())
+        for column in ("language", "question_type")
+    }
+    findings = _build_report(stage.dataset_name).get("findings", {})
+    trained = {label: by_split.get("train", {}).get("images") for label, by_split in findings.items()}
+    return {
+        "images": "images" in rows.column_names,
+        "languages": sorted(counts["language"]),
+        "question_types": dict(sorted(counts["question_type"].items())),
+        "findings": {label: images for label, images in trained.items() if images},
+    }
 
 
 def read_run_facts(run: Path) -> dict:
@@ -181,15 +242,3 @@ def _step_of(checkpoint: str | None) -> int | None:
 def _plain(value: object) -> object:
     value = getattr(value, "value", value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def describe_environment() -> dict[str, str]:
-    """Versions and hardware for a bug report: no paths, no environment variables, no names."""
-    device = hardware()
-    return {
-        "dentalgemma": __version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        **{name: version(name) for name in PACKAGES},
-        "device": ", ".join(f"{value}" for value in device.values()),
-    }

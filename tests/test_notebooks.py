@@ -1,0 +1,405 @@
+"""The notebooks: executed on a small model as Colab and Kaggle would, and that they say what the code says."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shlex
+import sys
+import types
+from itertools import pairwise
+
+import nbclient
+import nbformat
+import pytest
+import typer
+import yaml
+from conftest import REPOSITORY
+from loopback_hub import TOKEN, Hub, client_environment
+from trl import ModelConfig, SFTConfig
+from warm_python import warm_up
+
+import dentalgemma
+from dentalgemma.cli import app
+from dentalgemma.training.config import StageConfig
+
+FOLDER = REPOSITORY / "notebooks"
+NAMES = ("quickstart_cpu", "train_a100", "train_t4_qlora")
+TRAINING = NAMES[1:]
+WORK = {"quickstart_cpu": "quickstart", "train_a100": "dental", "train_t4_qlora": "dental"}
+STAGES = {"quickstart_cpu": 2, "train_a100": 2, "train_t4_qlora": 1}
+COMMANDS = typer.main.get_command(app).commands
+SETTINGS = {f"--{field.name}" for kind in (StageConfig, SFTConfig, ModelConfig) for field in dataclasses.fields(kind)}
+FEW = (
+    "--max_steps 2 --eval_steps 2 --save_steps 2 --per_device_train_batch_size 2 --memory fixed --lora_r 4 "
+    "--validation_sample 2 --dataloader_num_workers 0 --per_device_eval_batch_size 16"
+)
+
+
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code(name):
+    return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def fields(name):
+    """The `# @param` fields of a notebook, with the values that they start with."""
+    found = re.findall(r"^([A-Z_0-9]+) = (.*?)  # @param ", "\n".join(code(name)), flags=re.MULTILINE)
+    return {key: ast.literal_eval(value) for key, value in found}
+
+
+def execute(name, folder, environment, **parameters):
+    """Run a notebook with other values in its `# @param` fields, and return what its cells showed."""
+    notebook = read(name)
+    for key, value in parameters.items():
+        field = re.compile(rf"^{key} = .*?(?=  # @param )", flags=re.MULTILINE)
+        (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and field.search(cell.source)]
+        cell.source = field.sub(lambda _, key=key, value=value: f"{key} = {value!r}", cell.source)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    """One in which there is no other Hub, and commands start warm."""
+    folder = tmp_path_factory.mktemp("warm")
+    quiet = {"PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1"}
+    with warm_up(folder, client_environment(hub, folder / "home") | quiet) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def executed(tiny_model, environment, tmp_path_factory):
+    """What each notebook showed, and the folder it worked in; executed once, with a Hub that records all requests."""
+    results = {}
+
+    def execute_once(name):
+        if name not in results:
+            folder = tmp_path_factory.mktemp(name)
+            if name == "quickstart_cpu":
+                few = dict(IMAGES=60, CASES=60, TOWER_STEPS=5, STAGE1_STEPS=2, STAGE2_STEPS=2)
+            else:
+                few = dict(MODEL=str(tiny_model), PHANTOMS=60, PROBE_QUESTIONS=12, MORE=FEW, DTYPE="float32")
+                few |= dict(ALLOW_CPU=True, PUSH=True, REPO=f"me/{name}")
+                few |= {"ANSWERS": "loglikelihood"} if name == "train_a100" else {}
+            results[name] = execute(name, folder, environment, **few), folder / WORK[name]
+        return results[name]
+
+    return execute_once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_notebook_runs_from_top_to_bottom(name, executed):
+    outputs, folder = executed(name)
+    certificate = json.loads((folder / "models" / "dentalgemma" / "merge_certificate.json").read_text())
+    pages = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+
+    assert certificate["passed"]
+    assert len(certificate["stages"]) == len(pictures) == STAGES[name]
+    assert (folder / "models" / "dentalgemma" / "README.md").is_file()
+    assert pages.count("data:image/jpeg;base64,") == pages.count("<th>annotations behind it</th>") == 3
+    assert "<td>base</td>" in pages and "<td>tuned</td>" in pages
+    assert not [output for output in outputs if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_notebook_publishes_privately_when_told_to(name, executed, hub):
+    executed(name)
+    repo = hub.repos["model", f"me/{name}"]
+    weights = {"train_a100": "model.safetensors", "train_t4_qlora": "adapter_model.safetensors"}[name]
+
+    assert repo.private
+    assert {weights, "README.md", "merge_certificate.json"} <= set(repo.files)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_nothing_is_published_unless_told_to(name):
+    assert fields(name)["PUSH"] is False
+    (cell,) = [source for source in code(name) if "dentalgemma push" in source]
+    (condition,) = ast.parse(cell).body
+
+    assert isinstance(condition, ast.If) and condition.test.id == "PUSH"
+    assert "push" in ast.unparse(condition.body) and "run(" not in ast.unparse(condition.orelse)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_token_is_in_no_output_no_file_and_no_request_body(name, executed, hub):
+    outputs, folder = executed(name)
+
+    assert TOKEN not in json.dumps(outputs)
+    assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not [request for request in hub.requests if TOKEN.encode() in request.body]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_short(name, executed):
+    outputs, _ = executed(name)
+    lines = "".join(output.get("text", "") for output in outputs).splitlines()
+
+    assert len(lines) < 250
+    assert not [line for line in lines if "%|" in line or "━ 100%" in line]
+
+
+def test_they_are_what_their_sources_give():
+    writer = runpy.run_path(str(FOLDER / "write_notebooks.py"))
+
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES)
+    for name in NAMES:
+        stale = f"{name}.ipynb is not what its source gives: run `python notebooks/write_notebooks.py`"
+        assert (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8") == writer["write_notebook"](name), stale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_is_clean_and_says_which_machine_it_wants(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    gpu = {"quickstart_cpu": None, "train_a100": "A100", "train_t4_qlora": "T4"}[name]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    assert notebook.metadata.colab.get("gpuType") == gpu
+    assert notebook.metadata.get("accelerator") == ("GPU" if gpu else None)
+    assert notebook.metadata.kaggle.isInternetEnabled
+    assert f"colab.research.google.com/github/dentalgemma/dentalgemma/blob/main/notebooks/{name}.ipynb" in text
+    assert (
+        f"kaggle.com/kernels/welcome?src=https://github.com/dentalgemma/dentalgemma/blob/main/notebooks/{name}" in text
+    )
+    assert "no medical device" in text
+    assert gpu is None or "https://huggingface.co/google/medgemma-1.5-4b-it" in text
+
+
+def launches(name):
+    """What a notebook's `run` is told: the words that are written out, and each option with the name of its value."""
+    for source in code(name):
+        for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
+            if not (isinstance(call.func, ast.Name) and call.func.id == "run"):
+                continue
+            first, *rest = call.args
+            words = shlex.split(first.value) if isinstance(first, ast.Constant) else ["accelerate", "launch"]
+            written = [part.value for part in rest if isinstance(part, ast.Constant)]
+            named = {
+                option.value: value.id
+                for option, value in pairwise(rest)
+                if isinstance(option, ast.Constant) and isinstance(value, ast.Name)
+            }
+            yield words, [word for word in [*words, *written] if word.startswith("--")], named, ast.unparse(call)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_exists_with_its_options(name):
+    for words, options, _, call in launches(name):
+        known = {"--config", "--config_file"} | SETTINGS if words[0] == "accelerate" or words[1] == "doctor" else set()
+        if words[0] == "dentalgemma":
+            known |= {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
+        assert set(options) <= known, call
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_field_that_sets_what_a_recipe_sets_starts_with_the_recipes_value(name):
+    start, seen = fields(name), set()
+    for words, _, named, call in launches(name):
+        if words[0] != "accelerate" and words[1] != "doctor":
+            continue
+        recipe = "stage2_instruct" if "stage2" in call else "stage1_vqa_t4" if "CONFIG" in call else "stage1_vqa"
+        settings = yaml.safe_load((REPOSITORY / "recipes" / f"{recipe}.yaml").read_text())
+        for option, field in named.items():
+            key = option.removeprefix("--")
+            if field in start and key in settings:
+                default = settings[key]
+                assert start[field] == (default if isinstance(start[field], str) else float(default)), (option, recipe)
+                seen.add((recipe, key))
+
+    own = {"train_a100": ("stage1_vqa", "stage2_instruct"), "train_t4_qlora": ("stage1_vqa_t4",)}[name]
+    assert {(recipe, key) for recipe in own for key in ("learning_rate", "num_train_epochs")} <= seen
+    assert (own[0], "model_name_or_path") in seen
+
+
+def cell(name, words):
+    """The one code cell with these words, run here; what it prints goes to the test."""
+    (source,) = [source for source in code(name) if words in source]
+    return compile(source, name, "exec")
+
+
+def colab(secret):
+    """A stand-in for Colab's own module, which is found nowhere else."""
+    userdata = types.ModuleType("userdata")
+    userdata.SecretNotFoundError = type("SecretNotFoundError", (Exception,), {})
+    userdata.NotebookAccessError = type("NotebookAccessError", (Exception,), {})
+
+    def get(name):
+        if isinstance(secret, str):
+            return {"HF_TOKEN": secret}[name]
+        raise getattr(userdata, secret.__name__)
+
+    userdata.get = get
+    return types.SimpleNamespace(userdata=userdata)
+
+
+@pytest.fixture
+def platform(monkeypatch, tmp_path):
+    """Ask the login cell what it does on a platform; returns the token that commands will see."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    shown = []
+    monkeypatch.setattr("huggingface_hub.notebook_login", lambda: shown.append("form"))
+
+    def log_in(**modules):
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+        environment = dict(os.environ)
+        monkeypatch.setattr(os, "environ", environment)
+        namespace = {"sys": sys, "os": os, "Path": type(tmp_path), "MODEL": "google/medgemma-1.5-4b-it", "PUSH": False}
+        exec(cell("train_a100", "def read_secret"), namespace)
+        assert not [value for value in namespace.values() if value == TOKEN]  # nothing a later cell could show
+        return environment.get("HF_TOKEN"), shown
+
+    return log_in
+
+
+def test_colab_gives_its_secret(platform, capsys):
+    token, _ = platform(google__colab=colab(TOKEN))
+
+    assert token == TOKEN
+    assert TOKEN not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["SecretNotFoundError", "NotebookAccessError"])
+def test_where_colab_gives_no_secret_a_form_appears(platform, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    token, shown = platform(google__colab=colab(type(reason, (), {})))
+
+    assert token is None
+    assert shown == ["form"]
+
+
+def test_kaggle_gives_its_secret(platform, monkeypatch, capsys):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    client = type("UserSecretsClient", (), {"get_secret": lambda self, name: {"HF_TOKEN": TOKEN + "\n"}[name]})
+    token, _ = platform(kaggle_secrets=types.SimpleNamespace(UserSecretsClient=client))
+
+    assert token == TOKEN
+    assert TOKEN not in capsys.readouterr().out
+
+
+def look_at_machine(name, monkeypatch, tmp_path, *, gpu, allow_cpu=False):
+    """Run the cells that look at the GPU, where `nvidia-smi` prints `gpu` or is missing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if gpu:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    namespace = {"os": os, "subprocess": __import__("subprocess"), "ALLOW_CPU": allow_cpu}
+    exec(cell(name, "def list_gpus"), namespace)
+    exec(cell(name, "has_bf16:\n"), namespace)
+    return namespace["LAUNCH"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_without_a_gpu_it_stops_and_says_where_to_choose_one(name, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="No GPU here: choose one"):
+        look_at_machine(name, monkeypatch, tmp_path, gpu=None)
+
+    assert "cpu.yaml" in look_at_machine(name, monkeypatch, tmp_path, gpu=None, allow_cpu=True)
+
+
+def test_a_t4_is_sent_to_its_own_notebook(monkeypatch, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match=r"Tesla T4 has no bf16: .*train_t4_qlora\.ipynb"):
+        look_at_machine("train_a100", monkeypatch, tmp_path, gpu="Tesla T4, 15360, 7.5")
+
+    assert "single_gpu.yaml" in look_at_machine("train_t4_qlora", monkeypatch, tmp_path, gpu="Tesla T4, 15360, 7.5")
+    assert "Tesla T4, 15 GiB, bf16: no" in capsys.readouterr().out
+    look_at_machine("train_a100", monkeypatch, tmp_path, gpu="NVIDIA A100-SXM4-40GB, 40960, 8.0")
+    assert "bf16: yes" in capsys.readouterr().out
+
+
+def install_cell():
+    namespace = {}
+    exec(cell("train_t4_qlora", "def choose_pins"), namespace)
+    return namespace
+
+
+def test_the_install_cell_takes_this_release_and_is_skipped_where_it_is_there(capsys):
+    assert install_cell()["VERSION"] == dentalgemma.__version__
+    assert capsys.readouterr().out == f"DentalGemma {dentalgemma.__version__}\n"  # nothing was fetched
+
+
+def test_all_versions_are_pinned_but_torch_which_stays_as_it_is():
+    constraints = (REPOSITORY / "constraints.txt").read_text()
+    pins = install_cell()["choose_pins"](constraints, "2.12.1+cu130")
+
+    assert {line for line in pins if not line.startswith("torch==")} == {
+        line for line in constraints.splitlines() if not line.startswith("torch==")
+    }
+    assert [line for line in pins if line.startswith("torch==")] == ["torch==2.12.1+cu130"]
+
+
+def test_a_torch_that_is_too_old_is_not_kept():
+    (oldest,) = re.findall(r'"torch>=(\d+)\.(\d+),', (REPOSITORY / "pyproject.toml").read_text())
+    choose = install_cell()["choose_pins"]
+
+    assert choose("", f"{oldest[0]}.{oldest[1]}.0") == [f"torch=={oldest[0]}.{oldest[1]}.0"]
+    assert choose("", f"{oldest[0]}.{int(oldest[1]) - 1}.1+cu126") == []
+    assert choose("", None) == []
+
+
+@pytest.fixture
+def run_cell(monkeypatch):
+    namespace = {"os": os, "sys": sys, "subprocess": __import__("subprocess")}
+    exec(cell("train_a100", "def run("), namespace)
+    namespace["shown"] = []
+
+    class Status:
+        def update(self, data, raw):
+            namespace["shown"].append(data["text/plain"])
+
+    namespace["display"] = lambda data, **options: Status() if "display_id" in options else print(data.data)
+    return namespace
+
+
+def test_a_command_that_fails_stops_the_notebook_with_its_reason_shown(run_cell, capsys):
+    with pytest.raises(RuntimeError, match="dentalgemma check stopped with exit code 2; the reason is above"):
+        run_cell["run"]("dentalgemma check", "no such folder")
+    command, *reason = capsys.readouterr().out.splitlines()
+
+    assert command == "$ dentalgemma check 'no such folder'"
+    assert "no such folder" in " ".join(reason)
+
+
+def test_progress_is_one_line_that_is_overwritten(run_cell, capsys):
+    lines = [
+        " 10%|█   | 1/10 [00:01<00:09,  1.00it/s]\r",
+        " 20%|██  | 2/10 [00:02<00:08,  1.00it/s]\n",
+        "\x1b[2KAnswering ━━━╸━━━━━ 3/10 0:00:07\n",
+        "{'loss': '1.2', 'epoch': '0.1'}\n",
+        "┏━━━━━━━┳━━━━┓\n",
+        "Step 2: 8 validation answers\r\n",
+    ]
+    run_cell["show"](lines, run_cell["display"](None, display_id=True))
+
+    assert capsys.readouterr().out == "┏━━━━━━━┳━━━━┓\nStep 2: 8 validation answers\n"
+    assert run_cell["shown"] == [" 10%|█   | 1/10 [00:01<00:09,  1.00it/s]"]  # the next would be two seconds later
+
+
+def test_what_data_say_is_shown_as_text(run_cell, capsys):
+    run_cell["show_table"](["question"], [("</td><script>alert(1)</script>",), ("[x](javascript:alert(1))",)])
+    page = capsys.readouterr().out
+
+    assert "<script" not in page
+    assert "&lt;/td&gt;&lt;script&gt;" in page

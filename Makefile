@@ -9,12 +9,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses
 # Without a GPU torch's CPU build is a tenth of the download: set this to the CPU wheel index that pytorch.org names.
 TORCH_INDEX ?=
 
-.PHONY: help install quickstart test test-all docs lint format clean
+.PHONY: help install quickstart test test-all test-lowest docs lint format clean
 
 help:
 	@echo "make quickstart   the whole path on a CPU, offline, to quickstart/index.html"
 	@echo "make test         the tests (about 7 minutes on two cores)"
 	@echo "make test-all     the slow ones too"
+	@echo "make test-lowest  a part of them at the lower end of the dependency ranges"
 	@echo "make docs         the documentation as a site, build/docs/index.html"
 	@echo "make lint         ruff"
 
@@ -37,6 +38,18 @@ test: install
 test-all: install
 	$(PYTEST)
 
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_readers_*.py $(addprefix tests/test_,$(addsuffix .py,audit vqa instruct proof dataset_folder cli recipes \
+	merging chain collator evaluation scoring report judge checkpoints))
+
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	test -z "$(TORCH_INDEX)" || $(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
+		--extra-index-url "$(TORCH_INDEX)" torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . \
+		pytest pytest-xdist hypothesis statsmodels pydicom pycocotools supervision
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile -m "not slow" $(LOWEST_TESTS)
+
 # Without --quiet, under which mkdocs counts no warnings and --strict passes.
 docs: install
 	$(BIN)/python docs/write_cli.py
@@ -51,4 +64,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -100,9 +100,17 @@ def _read(file: Path | io.BytesIO, *, with_pixels: bool) -> Dataset:
 def _check(dataset: Dataset) -> None:
     from pydicom.pixels import get_decoder
 
-    if str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES":
-        message = "states that text is burned into its pixels (BurnedInAnnotation), which may name a patient"
-        raise ImageError(message, "burned_in_annotation")
+    burned_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper()
+    if burned_in != "NO":
+        says = (
+            "states that text is burned into its pixels"
+            if burned_in == "YES"
+            else "does not say that its pixels are free of text"
+        )
+        remedy = (
+            "which may name a patient; look at it, and use a copy that states BurnedInAnnotation NO where there is none"
+        )
+        raise ImageError(f"{says} (BurnedInAnnotation), {remedy}", "burned_in_annotation")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
         raise ImageError(f"is DICOM of {frames} frames; export the one that is annotated", "dicom_unreadable")

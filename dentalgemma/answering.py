@@ -21,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from data_builders.chat import SYSTEM_PROMPT
 from data_builders.images import UNREADABLE, ImageError, is_dicom, measure_pixels
 from data_builders.records import InputError
-from dentalgemma.evaluation.generation import _decode_greedily
-from dentalgemma.evaluation.likelihood import complete, encode
+from dentalgemma.evaluation.generation import decode_greedily
+from dentalgemma.evaluation.likelihood import encode
 from dentalgemma.evaluation.questions import Question, put_question
 from dentalgemma.models.loading import check_sound, find_start, fold_adapters, load_pretrained
 from dentalgemma.models.processors import take_image_fit
@@ -141,11 +141,8 @@ def stream_answer(
     conversation = put_question(asked, picture, mode="generate", system_prompt=SYSTEM_PROMPT)
     model, processor = loaded.model, loaded.processor
     inputs = encode(processor, [conversation]).to(model.device, model.dtype)
-    config = _decode_greedily(model, max_new_tokens)
-    own = config.eos_token_id or []
-    ends = {complete(processor, conversation, "")[-1], *(own if isinstance(own, list) else [own])}
-    config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id, use_cache=True)
-    written = _Written(processor, ends)
+    config = decode_greedily(model, processor, conversation, max_new_tokens=max_new_tokens)
+    written = _Written(processor, set(config.eos_token_id))
 
     def write() -> None:
         try:

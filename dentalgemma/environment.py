@@ -60,8 +60,8 @@ def _describe_torch() -> dict[str, str]:
             name = accelerator.type.upper() if accelerator else "CPU"
             devices = [f"{name} {platform.machine()}, {torch.get_num_threads()} threads"]
             bf16 = name != "CPU"
-    except Exception as error:  # of any kind: a broken installation, a driver that does not fit
-        return {"torch_build": f"does not work: {type(error).__name__}", "device": "unknown", "bf16": "unknown"}
+    except Exception as error:  # of any kind: not installed, a broken installation, a driver that does not fit
+        return {"torch_build": f"does not load: {type(error).__name__}", "device": "unknown", "bf16": "unknown"}
     return {"torch_build": build, "device": "; ".join(devices), "bf16": _yes(bf16)}
 
 

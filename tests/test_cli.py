@@ -204,7 +204,7 @@ def odd_files(monkeypatch, tmp_path):
         pytest.param("tiny-model m --family gemma7", "gemma7", id="unknown family"),
         pytest.param("phantom p --images many", "'--images'", id="no number"),
         pytest.param("build", "Missing option '--out'", id="missing option"),
-        pytest.param("build --outt x", "--out)", id="mistyped option, with a hint"),
+        pytest.param("build --outt x", "No such option", id="mistyped option, with a hint"),
         pytest.param("bild", "Did you mean 'build'?", id="mistyped command, with a hint"),
     ],
 )

@@ -38,6 +38,7 @@ def write_dicom(path, pixels=GREYS, photometric="MONOCHROME2", bits=12, syntax=N
     dataset.PhotometricInterpretation = photometric
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = pixels.itemsize * 8, bits, bits - 1
     dataset.PixelRepresentation = 0
+    dataset.BurnedInAnnotation = "NO"
     for name, value in tags.items():
         setattr(dataset, name, value)
     dataset.PixelData = pixel_data or pixels.tobytes()
@@ -163,6 +164,14 @@ def test_files_are_found_by_suffix_and_by_their_magic_number(tmp_path):
     (tmp_path / "README").write_text("no image")
 
     assert [path.name for path in find_images(tmp_path)] == ["IM0001", "b.DCM"]
+
+
+@pytest.mark.parametrize("stated", ["YES", "", "UNKNOWN"])
+def test_only_an_image_that_states_to_be_free_of_text_is_read(tmp_path, stated):
+    path = write_dicom(tmp_path / "a.dcm", BurnedInAnnotation=stated)
+
+    with pytest.raises(ImageError, match=r"BurnedInAnnotation.*may name a patient; look at it"):
+        read_stored(path)
 
 
 @pytest.mark.parametrize("reader", ["yolo", "dota", "coco", "via", "class_folders"])

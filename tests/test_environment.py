@@ -58,7 +58,7 @@ def test_a_broken_torch_is_told_and_stops_nothing(tmp_path):
     variables |= dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), "")
     shown, errors = env(**variables)
 
-    assert "torch_build: does not work: OSError" in shown
+    assert "torch_build: does not load: OSError" in shown
     assert "hub_token: no" in shown
     assert "accelerate_config: no" in shown
     assert "somebody" not in shown + errors

@@ -22,6 +22,7 @@ from trl import ModelConfig, SFTConfig
 from warm_python import warm_up
 
 import dentalgemma
+from dentalgemma import quickstart
 from dentalgemma.cli import app
 from dentalgemma.training.config import StageConfig
 
@@ -228,6 +229,19 @@ def test_a_field_that_sets_what_a_recipe_sets_starts_with_the_recipes_value(name
     own = {"train_a100": ("stage1_vqa", "stage2_instruct"), "train_t4_qlora": ("stage1_vqa_t4",)}[name]
     assert {(recipe, key) for recipe in own for key in ("learning_rate", "num_train_epochs")} <= seen
     assert (own[0], "model_name_or_path") in seen
+
+
+def test_the_quickstart_starts_with_the_numbers_of_the_command():
+    assert fields("quickstart_cpu") == {
+        "IMAGES": quickstart.IMAGES,
+        "CASES": quickstart.CASES,
+        "TOWER_STEPS": quickstart.TOWER["steps"],
+        "STAGE1_STEPS": quickstart.STAGE1["--max_steps"],
+        "STAGE2_STEPS": quickstart.STAGE2["--max_steps"],
+        "SEED": 0,
+        "WORK": "quickstart",
+    }
+    assert quickstart.TOWER["phantoms"] == 5 * quickstart.TOWER["steps"]  # as the notebook has it
 
 
 def cell(name, words):

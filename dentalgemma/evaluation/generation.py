@@ -138,11 +138,8 @@ def write_answers(
     `synced_gpus` keeps processes in step that hold one model between them; `None` lets transformers find out.
     """
     inputs = encode(processor, conversations).to(model.device, model.dtype)
-    config = _decode_greedily(model, max_new_tokens)
-    eos = config.eos_token_id or []
-    turn_end = complete(processor, conversations[0], "")[-1]
-    ends = {turn_end, *(eos if isinstance(eos, list) else [eos])}
-    config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id, use_cache=True)
+    config = decode_greedily(model, processor, conversations[0], max_new_tokens=max_new_tokens)
+    ends = set(config.eos_token_id)
     written = model.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
     answers = []
     for tokens in written[:, inputs["input_ids"].shape[1] :].tolist():
@@ -152,7 +149,18 @@ def write_answers(
     return answers
 
 
-def _decode_greedily(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+def decode_greedily(
+    model: PreTrainedModel, processor: ProcessorMixin, conversation: list[dict], *, max_new_tokens: int
+) -> GenerationConfig:
+    """Greedy decoding that ends where the model says so, or where its chat template ends a turn (`eos_token_id`)."""
+    config = _without_sampling(model, max_new_tokens)
+    own = config.eos_token_id or []
+    ends = {complete(processor, conversation, "")[-1], *(own if isinstance(own, list) else [own])}
+    config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id, use_cache=True)
+    return config
+
+
+def _without_sampling(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1, max_new_tokens=max_new_tokens)
     return config
@@ -160,7 +168,7 @@ def _decode_greedily(model: PreTrainedModel, max_new_tokens: int) -> GenerationC
 
 def _describe(model: PreTrainedModel, max_new_tokens: int) -> dict:
     """The decoding parameters, and what else a model's own config asks for, such as a penalty for repetitions."""
-    config = _decode_greedily(model, max_new_tokens).to_diff_dict()
+    config = _without_sampling(model, max_new_tokens).to_diff_dict()
     own = {name: value for name, value in config.items() if name not in NO_DECODING and not name.startswith("_")}
     return {"do_sample": False, "max_new_tokens": max_new_tokens} | own
 

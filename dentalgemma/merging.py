@@ -18,18 +18,26 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import ProcessorMixin
 
+from data_builders.dataset_folder import hash_file
 from data_builders.records import InputError
 from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
+from dentalgemma.certificates import (
+    CERTIFICATE,
+    UNRECORDED,
+    MergeError,
+    hash_weights,
+    read_certificate,
+    write_certificate,
+)
 from dentalgemma.evaluation.files import without_folder
 from dentalgemma.folding import COSINE_WARNING, Update, check_space, fold, inspect_fold, plan_updates
 from dentalgemma.models.loading import LoadError, Start, find_start, fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import load_processor, take_image_fit, write_image_fit
 from dentalgemma.parity import SYNTHETIC, Answers, Reference, ask_merged, ask_reference, compare_logits, make_batches
-from dentalgemma.stacking import FOLDER, stack_adapters
-from dentalgemma.training.run_facts import FILE_NAME, UNRECORDED, facts_of
-from dentalgemma.weight_files import hash_file, open_model
+from dentalgemma.stacking import stack_adapters
+from dentalgemma.training.run_facts import FILE_NAME, facts_of
+from dentalgemma.weight_files import open_model
 
-CERTIFICATE = "merge_certificate.json"
 DTYPES = ("bfloat16", "float16", "float32")
 # What a model folder consists of beside its weights; anything else in the base's folder is not the model's.
 COPIED = (
@@ -58,12 +66,6 @@ NEARER_THAN_BASE = 0.75
 TENSORS_BELOW = 0.1
 # Both multiply the same factors in fp32, in another order.
 PEFT_TOLERANCE = 1e-4
-
-
-class MergeError(InputError):
-    """A merge that must not be used; the message says why."""
-
-    exit_code = 1
 
 
 def merge_adapter(
@@ -305,11 +307,6 @@ def _check_chain(run: Path, recorded: Sequence[dict], adapters: Sequence[Path]) 
             )
 
 
-def hash_weights(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a model folder, and of their index; about a second for each gigabyte."""
-    return {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors*"))}
-
-
 def rows_at_hand(stages: Sequence[dict]) -> str | None:
     """The last stage's dataset, where it lies in `data/` as in the documentation, or is named by a path that exists."""
     name = stages[-1].get("dataset")
@@ -347,51 +344,3 @@ def _write_preprocessor_config(processor: ProcessorMixin, path: Path) -> None:
     settings["image_processor_type"] = kind.removesuffix("Pil").removesuffix("Fast")
     settings["processor_class"] = type(processor).__name__
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_certificate(folder: Path, certificate: dict) -> None:
-    """Write the certificate of a model folder; numbers that are not finite, which JSON lacks, become null."""
-    text = json.dumps(_without_nan(certificate), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / CERTIFICATE).write_text(text + "\n", encoding="utf-8")
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_certificate(folder: Path) -> dict:
-    """Read the certificate of a merged model that may be used.
-
-    Every byte of the weights is read again: 10 s for the 8.6 GB of MedGemma 4B.
-
-    Raises:
-        MergeError: when there is none, when it failed, or when the weights are no longer those that it is about.
-    """
-    path = Path(folder) / CERTIFICATE
-    if not path.is_file():
-        raise MergeError(f"{path} is missing: make the folder with `dentalgemma merge`")
-    try:
-        certificate = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MergeError(f"{path} is no JSON: {error}; merge again") from error
-    if certificate.get("passed") is not True:
-        reasons = "; ".join(certificate.get("failures", ())) or "it says of no check that it passed"
-        raise MergeError(f"{path}: the merge failed: {reasons}; merge again")
-    if certificate.get("files") != hash_weights(Path(folder)):
-        raise MergeError(f"{path} is about other weights than those that lie beside it; merge again")
-    _check_adapter(certificate, Path(folder) / FOLDER)
-    return certificate
-
-
-def _check_adapter(certificate: dict, adapter: Path) -> None:
-    """The adapter beside the weights may be missing, but not another one."""
-    facts = certificate.get("adapter")
-    if not adapter.exists() or not isinstance(facts, dict) or "sha256" not in facts:
-        return
-    weights = adapter / WEIGHTS
-    if not weights.is_file() or hash_file(weights) != facts["sha256"]:
-        raise MergeError(f"{weights} is not the adapter that {CERTIFICATE} is about; merge again")

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from data_builders.records import InputError
+from dentalgemma.certificates import CERTIFICATE, hash_weights, read_certificate, write_certificate
 from dentalgemma.folding import ModelNames
-from dentalgemma.merging import CERTIFICATE, COPIED, hash_weights, read_certificate, rows_at_hand, write_certificate
+from dentalgemma.merging import COPIED, rows_at_hand
 from dentalgemma.models.loading import LoadError, fingerprint_weights, load_pretrained
 from dentalgemma.models.parts import PARTS, part_of
 from dentalgemma.parity import SYNTHETIC, Batch, compare_logits, computing_device, logits, make_batches

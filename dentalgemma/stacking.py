@@ -17,12 +17,13 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 
+from data_builders.dataset_folder import hash_file
 from dentalgemma.adapters import PREFIX, WEIGHTS, Adapter
+from dentalgemma.certificates import ADAPTER_FOLDER
 from dentalgemma.folding import Update, wanted
 from dentalgemma.models.parts import NO_LAYERS
-from dentalgemma.weight_files import PIECE, Stored, hash_file, to_bytes, write_header
+from dentalgemma.weight_files import PIECE, Stored, to_bytes, write_header
 
-FOLDER = "adapter"  # below the model folder; transformers looks for an adapter in the folder itself alone
 CONFIG = "adapter_config.json"
 # What makes pictures and words into inputs; an adapter has no config.json, and takes the base's generation settings.
 PROCESSOR_FILES = (
@@ -75,7 +76,7 @@ def stack_adapters(
             "left_out": f"{again[0]} was trained in full, and by LoRA in a later stage: PEFT has no such adapter"
         }, []
     plan = _make_plan(list(updates.values()))
-    folder = model / FOLDER
+    folder = model / ADAPTER_FOLDER
     folder.mkdir()
     _write_weights(plan, folder / WEIGHTS)
     _write_config(plan, folder / CONFIG, base=base, revision=revision)

@@ -5,7 +5,6 @@ Plain reads, no memory map: the pages of a map count as memory of the process, a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -148,12 +147,6 @@ def write_header(file: BinaryIO, tensors: list[Stored], metadata: Mapping[str, s
 def to_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as they stand in a file, without a copy."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_exactly(file: BinaryIO, size: int, path: Path) -> bytearray:

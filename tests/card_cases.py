@@ -72,8 +72,8 @@ CLINICAL = {
 
 def write_folder(folder, *stages, stacked=False, **certificate):
     """A merged model folder of these stages, `STAGE` without any; with `stacked`, its adapter beside it."""
-    from dentalgemma.merging import CERTIFICATE, hash_weights
-    from dentalgemma.weight_files import hash_file
+    from data_builders.dataset_folder import hash_file
+    from dentalgemma.certificates import CERTIFICATE, hash_weights
 
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")

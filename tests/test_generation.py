@@ -189,7 +189,7 @@ def test_a_merge_that_failed_is_answered_with_but_not_in_silence(talkative, item
 
 
 def test_a_merge_that_passed_vouches_for_its_own_weights_alone(talkative, items, tmp_path, capsys):
-    from dentalgemma.merging import hash_weights
+    from dentalgemma.certificates import hash_weights
 
     folder = tmp_path / "merged"
     weights = fingerprint_weights(load_pretrained(talkative, dtype=torch.float32)[0])

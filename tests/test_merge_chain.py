@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from data_builders.records import InputError
+from dentalgemma.certificates import MergeError, read_certificate
 from dentalgemma.folding import fold, plan_updates
-from dentalgemma.merging import MergeError, merge_adapter, read_certificate
+from dentalgemma.merging import merge_adapter
 from dentalgemma.models.loading import find_start, fingerprint_files, fold_adapters, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.models.tiny import make_tiny_model

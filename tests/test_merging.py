@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import dentalgemma.merging as merging
 import dentalgemma.parity as parity
 from data_builders.records import InputError
-from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter, read_certificate
+from dentalgemma.certificates import CERTIFICATE, MergeError, read_certificate
+from dentalgemma.merging import merge_adapter
 from dentalgemma.models.loading import LoadError, fingerprint_files, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.publishing.cards import CardError, write_model_card

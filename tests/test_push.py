@@ -13,7 +13,8 @@ from test_metadata import CANARY, picture, with_metadata
 
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
-from dentalgemma.merging import CERTIFICATE, merge_adapter
+from dentalgemma.certificates import CERTIFICATE
+from dentalgemma.merging import merge_adapter
 from dentalgemma.publishing.cards import write_model_card
 from dentalgemma.publishing.space import write_space
 

@@ -15,8 +15,8 @@ from test_push import MEDGEMMA, TYPED, change_stage, make_model
 from data_builders.dataset_folder import hash_file
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
+from dentalgemma.certificates import CERTIFICATE
 from dentalgemma.cli import main
-from dentalgemma.merging import CERTIFICATE
 from dentalgemma.publishing.folders import PushRefused, read_front_matter
 from dentalgemma.publishing.hub import push
 from dentalgemma.publishing.remote import PushError

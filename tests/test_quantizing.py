@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import dentalgemma.quantizing as quantizing
 from data_builders.records import InputError
+from dentalgemma.certificates import CERTIFICATE, MergeError, read_certificate
 from dentalgemma.cli import app
-from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter, read_certificate
+from dentalgemma.merging import merge_adapter
 from dentalgemma.models.loading import LoadError, fingerprint_weights, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS, part_of
 from dentalgemma.parity import logits

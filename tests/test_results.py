@@ -115,7 +115,7 @@ STAGE = {
 @pytest.fixture
 def model(scores, tmp_path):
     """A merged folder as far as a card looks at it, with the weights that were scored."""
-    from dentalgemma.merging import CERTIFICATE, hash_weights
+    from dentalgemma.certificates import CERTIFICATE, hash_weights
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")

@@ -9,13 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data_builders.dataset_folder import hash_file
 from dentalgemma.adapters import read_adapter
-from dentalgemma.merging import CERTIFICATE, MergeError, merge_adapter, read_certificate
+from dentalgemma.certificates import CERTIFICATE, MergeError, read_certificate
+from dentalgemma.merging import merge_adapter
 from dentalgemma.models.loading import find_start, load_pretrained
 from dentalgemma.models.parts import LANGUAGE_MODEL_LAYERS
 from dentalgemma.models.processors import load_processor
 from dentalgemma.parity import logits, make_batches
-from dentalgemma.weight_files import hash_file
 
 ATTENTION = r".*language_model.*\.(q_proj|v_proj)"
 ALIGNER = {"gemma3": "multi_modal_projector", "gemma4": "embed_vision"}

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from data_builders.chat import SYSTEM_PROMPT
+from dentalgemma.certificates import CERTIFICATE, MergeError, read_certificate
 from dentalgemma.evaluation.likelihood import complete, encode, score_options
 from dentalgemma.evaluation.predictions import (
     Arm,
@@ -210,10 +211,8 @@ def _read_certificate(model: PreTrainedModel, weights: str) -> str | None:
     The weights of a failed merge are answered with all the same, so that what went wrong can be looked into.
     """
     folder = Path(model.config._name_or_path or "/")
-    if not (folder / "merge_certificate.json").is_file():
+    if not (folder / CERTIFICATE).is_file():
         return None
-    from dentalgemma.merging import MergeError, read_certificate  # which imports the trainer
-
     try:
         certificate = read_certificate(folder)
     except MergeError as error:

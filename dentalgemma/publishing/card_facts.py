@@ -9,8 +9,7 @@ from pathlib import Path
 
 from data_builders.records import InputError
 from data_builders.sources import load_vocabulary
-from dentalgemma.merging import CERTIFICATE, MergeError, read_certificate
-from dentalgemma.training.run_facts import UNRECORDED
+from dentalgemma.certificates import CERTIFICATE, UNRECORDED, MergeError, read_certificate
 
 LANGUAGE = re.compile(r"[a-z]{2,3}")
 SIGNIFICANT = 0.05

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from data_builders.dataset_folder import REPORT, hash_file
 from data_builders.licences import is_conflict
 from data_builders.records import InputError
-from dentalgemma.publishing.folders import CARD, CERTIFICATE, Publication, PushRefused, read_front_matter
+from dentalgemma.certificates import CERTIFICATE, read_certificate
+from dentalgemma.publishing.folders import CARD, Publication, PushRefused, read_front_matter
 from dentalgemma.publishing.licences import find_base, judge_dataset, judge_model, list_sources
 from dentalgemma.publishing.screening import screen
 
@@ -72,8 +73,6 @@ def refuse(objections: Sequence[str]) -> None:
 def _inspect_model(
     folder: Path, publication: Publication, permissions: Collection[str]
 ) -> tuple[Inspection, Sequence[str], list[str]]:
-    from dentalgemma.merging import read_certificate  # which imports torch
-
     certificate = read_certificate(folder)
     stages = certificate["stages"]
     sources = list_sources(stages)

@@ -11,11 +11,10 @@ import yaml
 
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
+from dentalgemma.certificates import ADAPTER_FOLDER, CERTIFICATE
 
-CERTIFICATE = "merge_certificate.json"  # as `dentalgemma.merging` calls it, which imports torch
 RUN_FACTS = "run_facts.json"
 CARD = "README.md"
-ADAPTER = "adapter"  # below a model folder, as `dentalgemma.stacking` writes it
 # What the system or an editor left; a hidden file is never published either.
 LITTER = frozenset({"__pycache__", "Thumbs.db", "desktop.ini"})
 
@@ -55,7 +54,7 @@ def recognise(folder: Path, *, adapter_only: bool = False) -> Publication:
     left = [
         path
         for path in files
-        if (path.startswith(f"{ADAPTER}/") if kind == "model" else belongs is not None and path not in belongs)
+        if (path.startswith(f"{ADAPTER_FOLDER}/") if kind == "model" else belongs is not None and path not in belongs)
     ]
     kept = {path: local for path, local in files.items() if path not in set(left)}
     return Publication(kind, kind, kept, sorted([*left_here, *left]))
@@ -90,9 +89,9 @@ def _tell_kind(folder: Path) -> Literal["model", "dataset", "space"]:
 
 
 def _take_adapter(folder: Path) -> Publication:
-    if not (folder / ADAPTER).is_dir():
+    if not (folder / ADAPTER_FOLDER).is_dir():
         raise PushRefused(f"{folder}: {_why_no_adapter(folder)}")
-    files, left_here = _list_files(folder / ADAPTER)
+    files, left_here = _list_files(folder / ADAPTER_FOLDER)
     files[CERTIFICATE] = folder / CERTIFICATE
     return Publication("adapter", "model", dict(sorted(files.items())), left_here)
 
@@ -101,7 +100,7 @@ def _why_no_adapter(folder: Path) -> str:
     try:
         reason = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["adapter"]["left_out"]
     except (ValueError, LookupError, TypeError):
-        return f"it has no subfolder {ADAPTER}/: merge again, which writes one"
+        return f"it has no subfolder {ADAPTER_FOLDER}/: merge again, which writes one"
     return f"it has no adapter of its own, since {reason}; push the whole model"
 
 

@@ -36,10 +36,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data_builders.dataset_folder import hash_file
 from data_builders.records import InputError
 from dentalgemma.training.data import PICTURES
 from dentalgemma.training.proof import START, local_shard
-from dentalgemma.weight_files import hash_file
 
 if TYPE_CHECKING:
     from dentalgemma.training.trainer import StageTrainer

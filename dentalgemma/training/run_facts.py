@@ -13,20 +13,19 @@ import torch
 from datasets import Dataset, DatasetDict, Value
 from trl import ModelConfig
 
-from data_builders.dataset_folder import REPORT
+from data_builders.dataset_folder import REPORT, hash_file
 from data_builders.records import InputError
 from dentalgemma import __version__
 from dentalgemma.adapters import WEIGHTS
+from dentalgemma.certificates import UNRECORDED
 from dentalgemma.evaluation.files import without_folder
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import image_fit
 from dentalgemma.training.config import StageConfig
 from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
-from dentalgemma.weight_files import hash_file
 
 FILE_NAME = "run_facts.json"
-UNRECORDED = "unrecorded"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface-hub")
 HYPERPARAMETERS = (
     "num_train_epochs",

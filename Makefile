@@ -40,7 +40,7 @@ test-all: install
 
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/test_readers_*.py $(addprefix tests/test_,$(addsuffix .py,audit vqa instruct proof dataset_folder cli recipes \
-	merging chain collator evaluation scoring report judge checkpoints))
+	merging chain collator evaluation scoring report judge checkpoints cards stacking push push_failures))
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

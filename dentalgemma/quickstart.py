@@ -93,7 +93,7 @@ def run_quickstart(out: Path, *, seed: int = 0, control: bool = False) -> Path:
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "quickstart.json").is_file():
-        raise QuickstartError(f"{out} is not empty and no quickstart; choose another --out")
+        raise InputError(f"{out} is not empty and no quickstart; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "quickstart.json").write_text(json.dumps({"seed": seed, "finished": False}))

@@ -105,11 +105,11 @@ def push(
     """
     folder = Path(folder)
     _check_names(repo_id, tag)
+    publication = recognise(folder, adapter_only=adapter_only)
     if not dry_run and get_token() is None:
         raise PushError(
             f"no token for the Hub: run `hf auth login`, or set HF_TOKEN, with one that may write ({TOKEN_PAGE})"
         )
-    publication = recognise(folder, adapter_only=adapter_only)
     stamps = _stamps(publication)
     inspection = inspect(folder, publication, public=public, permissions=permissions)
     target = Target(HfApi(library_name="dentalgemma"), repo_id, publication.repo_type)

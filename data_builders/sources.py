@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_builders.dentition import parse_fdi, parse_tooth_type
 from data_builders.records import InputError, Modality, Origin
+from data_builders.secrets import refuse_secrets
 
 Language = Literal["en", "es"]
 Family = Literal[
@@ -426,9 +427,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
-    """Read a YAML file of keys and values; raise SourcesError in one sentence for anything else."""
+    """Read a YAML file of keys and values; raise SourcesError in one sentence for anything else, also for a token."""
     try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        refuse_secrets(text, path, SourcesError)  # before anything can quote it
+        document = yaml.load(text, Loader=_StrictLoader)
     except FileNotFoundError:
         raise SourcesError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -439,8 +442,11 @@ def read_yaml(path: Path) -> dict:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SourcesError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if document is None:
+        raise SourcesError(f"{path} is empty: expected keys and values")
     if not isinstance(document, dict):
-        raise SourcesError(f"{path}: expected keys and values, got {type(document).__name__}")
+        got = "a list" if isinstance(document, list) else f"a {type(document).__name__} alone"
+        raise SourcesError(f"{path}: expected keys and values, got {got}")
     return document
 
 
@@ -449,6 +455,9 @@ def _first_errors(error: ValidationError) -> str:
     errors = error.errors()
     if any(item["type"] == "extra_forbidden" for item in errors):  # a misspelt key: what it should have set is noise
         errors = [item for item in errors if item["type"] == "extra_forbidden"]
+    # A list whose items are wrong is too short to pydantic as well.
+    wrong_within = {item["loc"][:1] for item in errors if len(item["loc"]) > 1}
+    errors = [item for item in errors if item["type"] != "too_short" or item["loc"] not in wrong_within]
     for item in errors:
         key = ".".join(str(part) for part in item["loc"] if part not in {"path"})
         message = item["msg"].removeprefix("Value error, ")

@@ -157,7 +157,7 @@ def test_the_lowest_versions_that_are_tested_are_the_lower_ends_of_the_ranges():
         name = canonicalize_name(requirement.name)
         (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
         assert requirement.specifier.contains(lowest[name]), requirement
-        # torch 2.11 and 2.12 have no build that the suite could be run with.
+        # No CPU build of torch 2.11 is at hand everywhere; with its CUDA build the same tests passed on a CPU.
         assert name == "torch" or f"{lowest[name]}.".startswith(f"{bound}."), requirement
 
 

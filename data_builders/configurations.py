@@ -68,7 +68,8 @@ def split_by_source(folder: Path, out: Path) -> None:
                 write_jsonl(out / place / file, _read_lines(folder / file, name))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith("data/") and name not in (REPORT, "README.md", *PER_SOURCE):
+        built = name in report["files"]  # what else lies there is the user's
+        if built and not name.startswith("data/") and name not in ("README.md", *PER_SOURCE):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / name)
     _write_card(folder, out, sources, configurations)

@@ -28,6 +28,54 @@ EXAMPLES = 10
 GUIDED = {"follow_up", "urgency", "differential"}
 MARKDOWN = re.compile(r"([\\`*_{}\[\]>|#~$!])")
 ENTITIES = {"&": "&amp;", "<": "&lt;"}  # which every renderer of Markdown knows, as not all know a backslash before <
+# Problems that are no stop for a build, in the words of people who do not read codes; docs/datasets.md has all.
+FAULTS = {
+    "annotation_without_image": "annotations of an image that is not there",
+    "bad_annotation": "annotations that could not be read",
+    "bad_category": "categories that could not be read",
+    "bad_confidence": "findings of a detector whose confidence is no share",
+    "bad_csv": "lines of a table that could not be read",
+    "bad_data_yaml": "descriptions of the set that could not be read",
+    "bad_json": "annotation files that could not be read",
+    "bad_label_line": "lines of annotations that could not be read",
+    "bad_mask": "outlines that could not be read",
+    "bow_tie_repaired": "outlines that cross themselves, taken as several",
+    "burned_in_annotation": "images left out since text may be burned into them",
+    "class_count_mismatch": "descriptions of the set whose number of classes is wrong",
+    "clipped": "marks that reached over the edge of the image and were cut",
+    "contradicting_duplicate": "groups of equal images that are annotated differently, left out",
+    "contradicting_name": "file names that say something else than the annotations",
+    "declared_augmentation": "altered copies that the source declares, so that no places are named",
+    "dicom_unreadable": "DICOM files that could not be read",
+    "duplicate_annotation_file": "annotation files that are there twice, read once",
+    "duplicate_annotation_id": "annotations that share a number",
+    "duplicate_image": "groups of equal images, taken once",
+    "duplicate_image_id": "images that share a number",
+    "duplicate_json_keys": "annotation files in which an entry stands twice",
+    "duplicate_tooth": "images on which a tooth number stands twice",
+    "empty_folder": "classes without images",
+    "flipped_copy": "mirrored copies, on which no places are named",
+    "group_pattern": "rules for naming patients that do not fit all file names",
+    "image_missing": "images that are annotated and not there",
+    "image_unreadable": "images that could not be read, left out",
+    "image_without_class": "images without a class, left out",
+    "label_missing": "marks without a label",
+    "labels_missing": "images without annotations, of which nothing is denied",
+    "looks_like_fractions": "annotations in another unit than their format's, left out",
+    "looks_like_pixels": "annotations in another unit than their format's, left out",
+    "mosaic": "images put together from several, on which no places are named",
+    "negative_size": "marks of a negative size",
+    "outside_image": "marks that lie outside their image",
+    "shared_label_file": "images that share an annotation file with another, left out",
+    "similar_labels": "labels that are spelt alike and mean different things",
+    "size_mismatch": "images of another size than their annotations say",
+    "too_few_points": "outlines of fewer than three points",
+    "unexpected_count": "findings on more or fewer images than was expected",
+    "unknown_label": "marks whose label is not known",
+    "unreadable_file": "files that could not be read",
+    "unsafe_path": "files outside the folder of the source, not read",
+    "zero_area": "marks without an area",
+}
 HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")  # control, and what turns a line's direction
 
 
@@ -88,7 +136,7 @@ def draw_bars(path: Path, counts: Mapping[str, Mapping[str, int]], axis: str) ->
     from matplotlib.figure import Figure
 
     counts = dict(sorted(counts.items(), key=lambda item: -sum(item[1].values())))
-    figure = Figure(figsize=(8, 1.1 + 0.3 * len(counts)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 1.4 + 0.3 * len(counts)), dpi=100, layout="constrained")
     axes = figure.subplots()
     places = range(len(counts))
     start = [0] * len(counts)
@@ -103,7 +151,7 @@ def draw_bars(path: Path, counts: Mapping[str, Mapping[str, int]], axis: str) ->
     axes.set_xlabel(axis)
     axes.margins(x=0.08)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper left", ncols=len(COLOURS))  # a bar may reach any place inside
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
 
@@ -148,7 +196,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals |= {"LANGUAGES": LANGUAGES, "SPLITS": SPLITS, "find_licence": find_licence}
+    environment.globals |= {"FAULTS": FAULTS, "LANGUAGES": LANGUAGES, "SPLITS": SPLITS, "find_licence": find_licence}
     environment.filters |= {"plain": escape_markdown, "quote": quote, "number": "{:,}".format, "link": link}
     return environment
 

@@ -18,8 +18,9 @@ from data_builders.claims import Claim
 from data_builders.compose.wording import Wording
 from data_builders.dataset_folder import BuildError, write_jsonl
 from data_builders.dentition import REGIONS
+from data_builders.parts import Part, find_parts, find_vocabulary
 from data_builders.records import Modality
-from data_builders.sources import Language, Vocabulary, load_vocabulary
+from data_builders.sources import Language, Vocabulary
 
 LETTERS = "ABCD"
 QUESTION_TYPES = ("diagnosis", "location", "screening")
@@ -90,11 +91,13 @@ def build_probe(
             f"per_finding {per_finding} or limit {limit} leaves no question in each of {len(languages)} "
             "languages; choose a larger one"
         )
-    shards = sorted((Path(dataset_dir) / "data").glob(f"{split}-*.parquet"))
-    records = _read_records(Path(dataset_dir), split)
+    parts = find_parts(dataset_dir)
+    if not parts:
+        raise BuildError(f"{dataset_dir} is no VQA dataset folder; build one with `dentalgemma build`")
+    shards = [shard for part in parts for shard in part.shards if shard.name.startswith(f"{split}-")]
+    records = _read_records(parts, split)
     available = {image_id for shard in shards for image_id in _image_ids(shard)}
-    own_terms = Path(dataset_dir) / "vocabulary.yaml"  # where the build was given one
-    terms = load_vocabulary(own_terms if own_terms.is_file() else None)
+    terms = find_vocabulary(dataset_dir)
     diseases = sorted(label for label, term in terms.items() if term.kind == "pathology")
     _check_names("finding", findings or diseases, diseases)
     drafts = [
@@ -133,12 +136,12 @@ def _check_names(what: str, given: Sequence[str], known: Sequence[str]) -> None:
         raise BuildError(f"no {what} {', '.join(unknown)!r}; choose among {', '.join(known)}")
 
 
-def _read_records(dataset_dir: Path, split: str) -> list[Mapping]:
-    path = dataset_dir / "records.jsonl"
-    if not path.is_file():
-        raise BuildError(f"{path}: no such file; build the dataset folder with `dentalgemma build`")
-    with path.open(encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.strip()]
+def _read_records(parts: Sequence[Part], split: str) -> list[Mapping]:
+    records = []
+    for part in parts:
+        with part.records.open(encoding="utf-8") as file:
+            records += [json.loads(line) for line in file if line.strip()]
+    path = parts[0].records
     if not records:
         raise BuildError(f"{path} holds no image; build the dataset folder again with `dentalgemma build`")
     chosen = [record for record in records if record["split"] == split]

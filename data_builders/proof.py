@@ -28,9 +28,10 @@ from data_builders.dentition import (
     is_fdi,
     tooth_type,
 )
+from data_builders.parts import Part, find_parts, find_vocabulary
 from data_builders.reading import Reading, Statement, read_text
 from data_builders.records import Finding, ImageRecord, InputError, record_from_json
-from data_builders.sources import Language, Vocabulary, load_vocabulary
+from data_builders.sources import Language, Vocabulary
 
 
 def check_row(row: Mapping, record: ImageRecord, vocabulary: Vocabulary) -> list[str]:
@@ -321,29 +322,32 @@ def _only_third_molars(claims: Sequence[Claim]) -> bool:
 def check_dataset(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Prove every row of a dataset folder again from what stands in it; yield each row id with what is wrong.
 
+    A folder with one configuration per source, as `push` makes of mixed terms, is proven whole, and so is one of these
+    configurations.
+
     Raises:
-        InputError: when the folder is no VQA dataset folder.
+        InputError: at once, when the folder is no VQA dataset folder.
     """
-    folder = Path(folder)
-    shards, records_file = sorted((folder / "data").glob("*.parquet")), folder / "records.jsonl"
-    if not shards or not records_file.is_file():
+    parts = find_parts(folder)
+    if not parts:
         raise InputError(f"{folder} is no VQA dataset folder; build one with `dentalgemma build`")
-    own_terms = folder / "vocabulary.yaml"  # where the build was given one
-    vocabulary = load_vocabulary(own_terms if own_terms.is_file() else None)
-    records = {(record.source, record.image_id): record for record in _read_records(records_file)}
+    return _check_parts(parts, find_vocabulary(folder))
+
+
+def _check_parts(parts: Sequence[Part], vocabulary: Vocabulary) -> Iterator[tuple[str, list[str]]]:
     columns = ["row_id", "image_id", "source", "language", "question_type", "prompt", "completion", "claims"]
     seen: set[str] = set()
-    for shard in shards:
-        for batch in _read_shard(shard, columns):
-            for row in batch:
-                record = records.get((row["source"], row["image_id"]))
-                wrong = check_row(row, record, vocabulary) if record else [f"{records_file.name} lacks its image"]
-                if row["row_id"] != make_row_id(row):
-                    wrong.append("source, image, language, type or claims are not those that its id was made from")
-                if row["row_id"] in seen:
-                    wrong.append("is there twice")
-                seen.add(row["row_id"])
-                yield row["row_id"], wrong
+    for part in parts:
+        records = {(record.source, record.image_id): record for record in _read_records(part.records)}
+        for row in (row for shard in part.shards for batch in _read_shard(shard, columns) for row in batch):
+            record = records.get((row["source"], row["image_id"]))
+            wrong = check_row(row, record, vocabulary) if record else [f"{part.records.name} lacks its image"]
+            if row["row_id"] != make_row_id(row):
+                wrong.append("source, image, language, type or claims are not those that its id was made from")
+            if row["row_id"] in seen:
+                wrong.append("is there twice")
+            seen.add(row["row_id"])
+            yield row["row_id"], wrong
 
 
 def _read_records(path: Path) -> Iterator[ImageRecord]:

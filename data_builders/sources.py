@@ -445,7 +445,7 @@ def read_yaml(path: Path) -> dict:
     if document is None:
         raise SourcesError(f"{path} is empty: expected keys and values")
     if not isinstance(document, dict):
-        got = "a list" if isinstance(document, list) else f"a {type(document).__name__} alone"
+        got = "a list" if isinstance(document, list) else "one text" if isinstance(document, str) else "one value"
         raise SourcesError(f"{path}: expected keys and values, got {got}")
     return document
 

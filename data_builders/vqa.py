@@ -269,6 +269,7 @@ def _report(
             "images_built": len({row["image_id"] for row in own_rows[source.name]}),
             "rows": len(own_rows[source.name]),
             "problem_counts": count_problems(problems[source.name]),
+            "fault_counts": count_problems(p for p in problems[source.name] if p.severity != "info"),
         }
         for content in contents
         for source in [content.source]

@@ -191,7 +191,7 @@ def check(
 ) -> None:
     """Prove every row of a dataset folder again: its claims against the annotations, its words against its claims.
 
-    Needs nothing but the folder. Exit code 1 if any row fails.
+    Needs nothing but the folder, also one that was pulled from the Hub. Exit code 1 if any row fails.
 
     Example: `dentalgemma check data/vqa`
     """
@@ -200,7 +200,8 @@ def check(
     from data_builders.proof import check_dataset
 
     rows = _count_rows(dataset)
-    results = list(track(check_dataset(dataset), "Checking", total=rows, console=error_console, disable=as_json))
+    checking = check_dataset(dataset)  # which refuses what is no dataset before there is a bar
+    results = list(track(checking, "Checking", total=rows, console=error_console, disable=as_json))
     wrong = {row_id: found for row_id, found in results if found}
     if as_json:
         print_json({"rows": len(results), "wrong": wrong})
@@ -216,7 +217,7 @@ def _count_rows(dataset: Path) -> int:
     import pyarrow.parquet as pq
 
     rows = 0
-    for path in sorted((dataset / "data").glob("*.parquet")):
+    for path in sorted({*dataset.glob("*.parquet"), *dataset.glob("data/**/*.parquet")}):
         try:
             rows += pq.read_metadata(path).num_rows
         except (pyarrow.ArrowException, OSError) as error:

@@ -27,10 +27,10 @@ def card(
     benchmark: Annotated[str | None, typer.Option(help="What the questions of these scores are called.")] = None,
     contamination: Annotated[Path | None, typer.Option(help="What `contamination` wrote.")] = None,
     decision: Annotated[Path | None, typer.Option(help="What `decide` wrote.")] = None,
-    repo: Annotated[
-        str | None, typer.Option(help="The model's repository on the Hub, owner/name, for the usage code of the card.")
+    quantized_from: Annotated[
+        str | None,
+        typer.Option(help="Of a 4-bit copy: the repository on the Hub of the merged model that it was made from."),
     ] = None,
-    adapter_repo: Annotated[str | None, typer.Option(help="The same of its adapter, for the adapter's card.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the model card from recorded facts: run facts, merge certificate, evaluation. Nothing is typed by hand.
@@ -47,8 +47,7 @@ def card(
         contamination=contamination,
         decision=decision,
         benchmark=benchmark,
-        repo=repo,
-        adapter_repo=adapter_repo,
+        quantized_from=quantized_from,
     )
     tell_written(written, f"Wrote {written}", as_json=as_json)
 
@@ -67,6 +66,12 @@ def push(
         list[str] | None,
         typer.Option(help="A source without a stated licence whose owner agreed; once for each source."),
     ] = None,
+    open_history: Annotated[
+        bool,
+        typer.Option(
+            "--open-history", help="With `--public`: also show what a private repository held before, unchecked."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a folder and publish it on the Hub in one commit, privately unless `--public`; then read it back.
@@ -89,6 +94,7 @@ def push(
         adapter_only=adapter_only,
         tag=tag,
         permissions=tuple(permission or ()),
+        open_history=open_history,
         progress=not as_json,
     )
     if as_json:

@@ -23,6 +23,7 @@ from data_builders.records import InputError
 from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
 from dentalgemma.certificates import (
     CERTIFICATE,
+    MODEL_FILES,
     UNRECORDED,
     MergeError,
     hash_weights,
@@ -39,23 +40,6 @@ from dentalgemma.training.run_facts import FILE_NAME, facts_of
 from dentalgemma.weight_files import open_model
 
 DTYPES = ("bfloat16", "float16", "float32")
-# What a model folder consists of beside its weights; anything else in the base's folder is not the model's.
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 PREPROCESSOR = "preprocessor_config.json"
 # Of the largest logit. Rounding stays below it; a merge that garbles weights is off by whole units.
 PARITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -319,7 +303,7 @@ def _copy_settings(folder: Path, out: Path, dtype: torch.dtype, processor: Proce
 
     But for the type of the weights, and for how `processor` fits pictures to the tower.
     """
-    for name in COPIED:
+    for name in MODEL_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

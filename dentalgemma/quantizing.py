@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from data_builders.records import InputError
-from dentalgemma.certificates import CERTIFICATE, hash_weights, read_certificate, write_certificate
+from dentalgemma.certificates import CERTIFICATE, MODEL_FILES, hash_weights, read_certificate, write_certificate
 from dentalgemma.folding import ModelNames
-from dentalgemma.merging import COPIED, rows_at_hand
+from dentalgemma.merging import rows_at_hand
 from dentalgemma.models.loading import LoadError, fingerprint_weights, load_pretrained
 from dentalgemma.models.parts import PARTS, part_of
 from dentalgemma.parity import SYNTHETIC, Batch, compare_logits, computing_device, logits, make_batches
@@ -53,7 +53,7 @@ def quantize_model(model: Path, out: Path, *, rows: str | None = None) -> dict:
 
     Raises:
         QuantizationError: when a check failed; the certificate that says so lies in `out`.
-        MergeError: when `model` is no merged model with a valid certificate.
+        MergeError: when `model` is no merged model (NoCertificate), or its certificate is not valid.
         InputError: when it is quantised already, or bitsandbytes is not installed.
         LoadError: when `out` is not empty.
     """
@@ -91,7 +91,7 @@ def _write_model(model: Path, out: Path) -> None:
     config.llm_int8_skip_modules = [*config.llm_int8_skip_modules, *names]
     quantised, _ = load_pretrained(model, dtype=torch.bfloat16, quantization_config=config)
     quantised.save_pretrained(out)
-    for name in COPIED:
+    for name in MODEL_FILES:
         if name != "config.json" and (model / name).is_file():
             shutil.copyfile(model / name, out / name)
 

@@ -19,27 +19,12 @@ from safetensors import safe_open
 
 from data_builders.dataset_folder import hash_file
 from dentalgemma.adapters import PREFIX, WEIGHTS, Adapter
-from dentalgemma.certificates import ADAPTER_FOLDER
+from dentalgemma.certificates import ADAPTER_FOLDER, PROCESSOR_FILES
 from dentalgemma.folding import Update, wanted
 from dentalgemma.models.parts import NO_LAYERS
 from dentalgemma.weight_files import PIECE, Stored, to_bytes, write_header
 
 CONFIG = "adapter_config.json"
-# What makes pictures and words into inputs; an adapter has no config.json, and takes the base's generation settings.
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 # Of the norm of a weight's update: the same products in fp32, summed in another order.
 TOLERANCE = 1e-4
 
@@ -80,7 +65,7 @@ def stack_adapters(
     folder.mkdir()
     _write_weights(plan, folder / WEIGHTS)
     _write_config(plan, folder / CONFIG, base=base, revision=revision)
-    for name in PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:  # an adapter has no config.json, and takes the base's generation settings
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
     largest, failures = _inspect(plan, updates, folder)

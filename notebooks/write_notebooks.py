@@ -1,7 +1,8 @@
 """Write the notebooks from `source/`: edit there, then run `python notebooks/write_notebooks.py`.
 
-A source is a Python file of cells: `# %%` starts code, `# %% [markdown]` text in comments, and `# %% shared: name`
-takes the cell of that name from `source/shared.py`. `"VERSION"` becomes the release that the notebooks install.
+A source is a Python file of cells: `# %%` starts code, `# %% [markdown]` text in comments. `# %% shared: name` and
+`# %% [markdown] shared: name` take the cell with that line from `source/shared.py`. `"VERSION"` and `"REVISION"` become
+what the notebooks install.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from pathlib import Path
 
 from dentalgemma import __version__
+from dentalgemma.publishing.space import name_revision
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = "dentalgemma/dentalgemma"
@@ -35,11 +37,12 @@ def write_notebook(name: str) -> str:
     shared = dict(read_cells(FOLDER / "source" / "shared.py"))
     cells = [("[markdown]", write_badges(name))]
     for kind, text in read_cells(FOLDER / "source" / f"{name}.py"):
-        if kind.startswith("shared: "):
-            kind, text = "", shared[kind]
+        if "shared: " in kind:
+            kind, text = kind.partition("shared: ")[0].strip(), shared[kind]
+        text = text.replace('"VERSION"', f'"{__version__}"').replace('"REVISION"', f'"{name_revision(__version__)}"')
         cells.append((kind, text))
     notebook = {
-        "cells": [make_cell(kind, text.replace('"VERSION"', f'"{__version__}"')) for kind, text in cells],
+        "cells": [make_cell(kind, text) for kind, text in cells],
         "metadata": make_metadata(name),
         "nbformat": 4,
         "nbformat_minor": 5,

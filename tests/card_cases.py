@@ -26,8 +26,9 @@ STAGE = {
         "lr_scheduler_type": "linear", "warmup_steps": 0.1, "optim": "adamw_torch_fused", "weight_decay": 0.0,
         "max_grad_norm": 1.0, "gradient_checkpointing": True, "seed": 42,
     },
-    "vision": {"features": "cached", "reason": None, "pictures": 330}, "packing": {"questions": 4, "texts": False},
-    "steps": 600, "epochs": 4.8, "best_step": 400, "seconds": 5400.0,
+    "vision": {"features": "cached", "reason": None, "pictures": 370, "train_pictures": 330},
+    "packing": {"questions": 4, "texts": False},
+    "steps": 600, "epochs": 9.6, "best_step": 400, "seconds": 5400.0,
     "losses": {
         "train": [{"step": step, "loss": 2.0 / step} for step in (100, 200, 400, 600)],
         "validation": [{"step": 200, "loss": 0.4}, {"step": 400, "loss": 0.2}, {"step": 600, "loss": 0.3}],
@@ -41,7 +42,8 @@ CASES = {
     "data_sources": [{"name": "cases", "license": "Apache-2.0", "url": None, "modality": None, "rows": 90}],
     "adapter_sha256": "cd" * 32,
     "data_contents": {"images": False, "languages": ["en"], "question_types": {"case": 80}, "findings": {}},
-    "dataset_rows": {"train": 80, "validation": 10}, "vision": {"features": "live", "reason": "none", "pictures": None},
+    "dataset_rows": {"train": 80, "validation": 10}, 
+    "vision": {"features": "live", "reason": "none", "pictures": None, "train_pictures": 0},
 }  # fmt: skip
 
 # Nothing to draw: a card of it is written at once.

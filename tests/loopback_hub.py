@@ -81,9 +81,9 @@ class Hub:
     """The server: its repositories by (type, id), every request with its whole body, and failures to inject.
 
     `failures` maps a regular expression over "METHOD /path" to what happens to the next requests that match it, in
-    turn: `"503"` answers so and does nothing, `"503 after"` does it and then answers so, `"drop"` and `"drop after"`
-    break the line, `"hang"` never answers, `"spoil"` answers with other bytes, `"ok"` lets one through, and anything
-    callable is called before the request is served.
+    turn: `"503"` answers so and does nothing, `"503 after"` does it and then answers so, `"429 wait 2"` says for how
+    many seconds, `"drop"` and `"drop after"` break the line, `"hang"` never answers, `"spoil"` answers with other
+    bytes, `"ok"` lets one through, and anything callable is called before the request is served.
     """
 
     def __init__(self) -> None:
@@ -155,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.hanging.set()
             threading.Event().wait()
         kind, _, after = fault.partition(" ")
+        self.muted, self.spoilt = False, False
+        if after.startswith("wait "):
+            self._json(int(kind), {"error": "injected"}, Retry_After=after.removeprefix("wait "))
+            return
         self.muted, self.spoilt = bool(after), kind == "spoil"
         if kind in ("", "ok", "spoil") or after:
             with self.hub.lock:
@@ -328,6 +332,20 @@ class _Handler(BaseHTTPRequestHandler):
         branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": found.head}]
         self._json(200, {"branches": branches, "converts": [], "tags": tags})
 
+    def _commits(self, request: Request, kind: str, repo: str, revision: str) -> None:
+        if (found := self._repo(kind, repo)) is None:
+            return
+        facts = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "title": "a commit", "message": ""}
+        self._json(200, [{"id": oid, **facts} for oid, _ in reversed(found.commits)])
+
+    def _xet_token(self, request: Request, kind: str, repo: str, revision: str) -> None:
+        """Leave to write into xet storage, which nobody is at."""
+        if self._repo(kind, repo, write=True) is None:
+            return
+        nobody, until = "http://127.0.0.1:9", str(4 << 30)
+        headers = {"X_Xet_Cas_Url": nobody, "X_Xet_Access_Token": "xet", "X_Xet_Token_Expiration": until}
+        self._json(200, {"casUrl": nobody, "accessToken": "xet", "exp": int(until)}, **headers)
+
     def _tag(self, request: Request, kind: str, repo: str, revision: str) -> None:
         if (found := self._repo(kind, repo, write=True)) is None:
             return None
@@ -398,6 +416,8 @@ ROUTES = (
     (rf"POST {API}/paths-info/(?P<revision>.+)", _Handler._paths_info),
     (rf"GET {API}/tree/(?P<revision>[^/]+)(?:/(?P<under>.*))?", _Handler._tree),
     (rf"GET {API}/refs", _Handler._refs),
+    (rf"GET {API}/commits/(?P<revision>[^/]+)", _Handler._commits),
+    (rf"GET {API}/xet-write-token/(?P<revision>.+)", _Handler._xet_token),
     (rf"POST {API}/tag/(?P<revision>.+)", _Handler._tag),
     (rf"PUT {API}/settings", _Handler._settings),
     (rf"GET {API}(?:/revision/(?P<revision>.+))?", _Handler._info),
@@ -426,9 +446,9 @@ class Done:
 class Client:
     """A process whose Hub is this one: `run` gives it a `dentalgemma` command, `python` some lines of code."""
 
-    def __init__(self, hub: Hub, home: Path) -> None:
+    def __init__(self, hub: Hub, home: Path, **environment: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        environment = client_environment(hub, home)
+        environment = client_environment(hub, home) | environment
         self.process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
 
     def run(self, *arguments: object, **environment: str | None) -> Done:

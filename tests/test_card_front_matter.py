@@ -112,7 +112,7 @@ def test_the_front_matter_of_both_cards_is_exactly_what_is_meant(write, text, tm
         "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
     }
     wanted = {
-        "README.md": {**common, "library_name": "transformers", "base_model_relation": "quantized"},
+        "README.md": {**common, "library_name": "transformers", "base_model_relation": "finetune"},
         "adapter.md": {**common, "library_name": "peft", "base_model_relation": "adapter"},
     }
     for file, content in (("README.md", card), ("adapter.md", adapter)):

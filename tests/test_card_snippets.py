@@ -16,6 +16,15 @@ from dentalgemma.training.run_facts import _stated_sources, read_run_facts, writ
 
 RUN_BLOCKS = """
 import json, sys
+from transformers import GenerationMixin
+
+choose = GenerationMixin._sample  # what greedy decoding and sampling both go through
+
+def watch(self, *args, generation_config, **kwargs):
+    print("CHOSE", "by chance" if generation_config.do_sample else "the likeliest", flush=True)
+    return choose(self, *args, generation_config=generation_config, **kwargs)
+
+GenerationMixin._sample = watch
 names = {}
 for number, code in enumerate(json.load(open("blocks.json"))):
     exec(compile(code, f"block {number}", "exec"), names)
@@ -23,7 +32,9 @@ for number, code in enumerate(json.load(open("blocks.json"))):
     if "BitsAndBytesConfig" in code:
         four_bits = names["model"]
         assert four_bits.is_loaded_in_4bit
-        print("TOKENS", four_bits.generate(**names["inputs"], max_new_tokens=3, min_new_tokens=3).shape[1])
+        assert four_bits.generation_config.do_sample  # by itself it would
+        output = four_bits.generate(**names["inputs"], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        print("TOKENS", output.shape[1])
 """
 
 
@@ -33,8 +44,10 @@ def workplace(tiny_model, vqa_dataset, instruct_dataset, make_trainer, tmp_path_
     folder = tmp_path_factory.mktemp("cards")
     shutil.copytree(tiny_model, folder / "base")
     settings = json.loads((folder / "base" / "generation_config.json").read_text())
-    # A random model does not end its answers; the code on the cards asks for 300 tokens.
-    (folder / "base" / "generation_config.json").write_text(json.dumps({**settings, "max_time": 0.5}))
+    # A random model does not end its answers; the code on the cards asks for 300 tokens. MedGemma's and Gemma 4's own
+    # settings sample.
+    settings |= {"max_time": 0.5, "do_sample": True, "top_k": 64, "top_p": 0.95}
+    (folder / "base" / "generation_config.json").write_text(json.dumps(settings))
     (folder / "silent").mkdir()
     Dataset.from_dict({"prompt": ["Why?"] * 8, "completion": ["Because."] * 8}).to_parquet(
         folder / "silent" / "train.parquet"
@@ -75,6 +88,8 @@ def test_a_run_records_languages_question_types_and_findings(workplace, vqa_data
     contents = read_run_facts(workplace / "run")["data_contents"]
     findings = json.loads((vqa_dataset / "build_report.json").read_text())["findings"]
 
+    vision = read_run_facts(workplace / "run")["vision"]
+    assert 0 < vision["train_pictures"] < vision["pictures"]  # which counts those of validation too
     assert contents["languages"] == ["en"]
     assert contents["images"] is True
     assert sum(contents["question_types"].values()) > 10
@@ -99,8 +114,11 @@ def python_blocks(text):
 
 
 def test_all_code_on_both_cards_runs_as_it_stands(workplace):
-    model = python_blocks((workplace / "dental" / "README.md").read_text())
-    adapter = python_blocks((workplace / "dental" / "adapter" / "README.md").read_text())
+    """With the folder where the repository stands, as the comment says."""
+    model, adapter = (
+        python_blocks((workplace / folder / "README.md").read_text().replace("OWNER/NAME", f"./{folder}"))
+        for folder in ("dental", "dental/adapter")
+    )
     (workplace / "blocks.json").write_text(json.dumps(model + adapter))
     (workplace / "run_blocks.py").write_text(RUN_BLOCKS)
     done = subprocess.run(
@@ -113,4 +131,6 @@ def test_all_code_on_both_cards_runs_as_it_stands(workplace):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("RAN") == 4
     assert int(done.stdout.split("TOKENS")[1].split()[0]) > 3
+    assert done.stdout.count("CHOSE the likeliest") == 4  # transformers, the pipeline, 4 bits, PEFT
+    assert "CHOSE by chance" not in done.stdout
     assert "missing" not in done.stderr.lower()  # PEFT warns of keys that an adapter lacks

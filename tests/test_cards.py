@@ -62,7 +62,15 @@ def test_the_front_matter_says_what_it_is_and_under_which_terms(text):
     assert metadata["license_name"] == "health-ai-developer-foundations"
     assert metadata["license_link"] == "https://developers.google.com/health-ai-developer-foundations/terms"
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 70.0
-    assert {"dental", "medical"} <= set(metadata["tags"])
+    assert {"dental", "medical", "non-commercial"} <= set(metadata["tags"])  # a source is under CC BY-NC-SA
+
+
+def test_a_model_is_not_called_non_commercial_where_no_source_says_so(tmp_path):
+    free = {**PLAIN, "data_sources": [{**STAGE["data_sources"][0], "license": "Apache-2.0"}]}
+    unused = {**PLAIN, "data_sources": [*free["data_sources"], {**STAGE["data_sources"][0], "name": "b", "rows": 0}]}
+
+    assert "non-commercial" not in front(write_cards(write_folder(tmp_path / "free", free)))["tags"]
+    assert "non-commercial" not in front(write_cards(write_folder(tmp_path / "unused", unused)))["tags"]
 
 
 def test_a_clinician_reads_how_often_it_was_right_what_it_missed_and_what_it_is_not_for(text):
@@ -81,6 +89,33 @@ def test_a_clinician_reads_how_often_it_was_right_what_it_missed_and_what_it_is_
     assert "the image was healthy, and it named a disease: 9 of 60 times (a guess would in 75 of 100)" in own
     assert "| carious lesion | 80.0 % | 100 | 25.0 % | 90.0 % | 300 | 75.0 % |" in own
     assert "must not be used for.** Diagnosis, screening, triage or treatment decisions" in own
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        pytest.param({}, "In stage vqa, 1,000 questions with answers about 330 images", id="several epochs"),
+        pytest.param({"left_out": {"train": 10, "test": 2}}, "990 questions with answers about 330", id="too long"),
+        pytest.param(
+            {"steps": 4, "epochs": 0.06, "best_step": None},  # of 16 rows each
+            "a part of 1,000 questions with answers about 330 images: it saw 64 of these questions.",
+            id="a few steps",
+        ),
+        pytest.param({"best_step": 50}, "it saw 800 of these questions", id="an early step was kept"),
+        pytest.param({"steps": 63, "epochs": 1.0, "best_step": None}, "1,000 questions with answers about", id="one"),
+        pytest.param(
+            {"vision": {"features": "cached", "reason": None, "pictures": 370}},
+            "1,000 questions with answers.",  # of an older run: 370 were training and validation
+            id="not recorded",
+        ),
+    ],
+)
+def test_what_it_was_shown_is_what_changed_the_kept_weights(tmp_path, facts, told):
+    own = section(write_cards(write_folder(tmp_path / "dental", {**PLAIN, **facts})), "For clinicians")
+
+    assert told in own
+    assert ("a part of" in own) == ("it saw" in told)
+    assert "370" not in own
 
 
 @pytest.mark.parametrize(
@@ -237,9 +272,16 @@ def test_a_4_bit_copy_says_so_and_how_alike_it_answers(tmp_path):
         "parity_inputs": "4 rows of vqa, validation", "same_token_share": 0.981, "max_logit_difference": 0.71875,
         "versions": {"bitsandbytes": "0.50.0"},
     }  # fmt: skip
-    text = write_cards(write_folder(tmp_path / "small", PLAIN, quantization=quantization))
+    folder = write_folder(tmp_path / "small", PLAIN, quantization=quantization)
+    text = write_cards(folder)
+    of_own = write_cards(folder, quantized_from="owner/dental")
 
-    assert front(text)["base_model_relation"] == "quantized"
+    # The Hub takes `base_model` for what was quantised, which the base of the first stage is not.
+    assert (front(text)["base_model"], front(text)["base_model_relation"]) == (MEDGEMMA, "finetune")
+    assert (front(of_own)["base_model"], front(of_own)["base_model_relation"]) == ("owner/dental", "quantized")
+    assert front(of_own)["original_base_model"] == MEDGEMMA
+    assert front(of_own)["license_name"] == front(text)["license_name"] == "health-ai-developer-foundations"
+    assert "[owner/dental](https://huggingface.co/owner/dental)" in section(of_own, "Quantisation")
     assert "`cccccccccccccccc`" in section(text, "Quantisation")
     assert "the most likely token is the same at 98.1 % of the places" in section(text, "Quantisation")
     assert "pip install torch transformers accelerate pillow bitsandbytes" in text
@@ -274,14 +316,16 @@ def test_losses_that_are_no_numbers_are_left_out(tmp_path):
     assert "validation loss, first" not in write_cards(write_folder(tmp_path / "dental", {**PLAIN, "losses": losses}))
 
 
-def test_the_usage_code_names_the_repository_where_it_is_known(plain):
-    text = write_cards(plain, repo="owner/dental", adapter_repo="owner/dental-lora")
-    adapter = (plain / "adapter" / "README.md").read_text()
+def test_code_and_citation_leave_room_for_the_repository(text, folder):
+    """`push` puts its name in the place of each OWNER/NAME."""
+    adapter = (folder / "adapter" / "README.md").read_text()
 
-    assert 'name = "owner/dental"\n' in text
-    assert 'name = "owner/dental-lora"\n' in adapter
-    assert "url = {https://huggingface.co/owner/dental}" in text
-    assert 'name = "dental"  # the folder, or its repository on the Hub' in write_cards(plain)
+    for card in (text, adapter):
+        assert 'name = "OWNER/NAME"  # this repository, or a folder with its files' in card
+        assert "url = {https://huggingface.co/OWNER/NAME}" in card
+        assert '"dental"' not in card
+    assert text.count("OWNER/NAME") == 4  # transformers, pipeline, 4 bits, citation
+    assert adapter.count("OWNER/NAME") == 2
 
 
 def test_the_citation_names_model_toolkit_and_base_and_nobody_else(text):
@@ -312,7 +356,42 @@ def test_the_base_cannot_be_talked_away(tmp_path, stage, base, message):
     assert not (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize("option", ["repo", "adapter_repo"])
-def test_a_repository_is_owner_and_name(plain, option):
-    with pytest.raises(CardError, match="expected owner/name"):
-        write_cards(plain, **{option: "just-a-name"})
+@pytest.mark.parametrize(
+    ("model_type", "base", "fits"),
+    [
+        pytest.param("gemma3", "google/medgemma-1.5-4b-it", True, id="medgemma"),
+        pytest.param("gemma3", "google/gemma-4-E4B-it", False, id="medgemma called gemma 4"),
+        pytest.param("gemma4", "google/gemma-4-E4B-it", True, id="gemma 4"),
+        pytest.param("gemma4_unified", "google/gemma-4-E4B-it", True, id="a variant"),
+        pytest.param("gemma3n", "google/gemma-3-4b-it", False, id="gemma 3n called gemma 3"),
+        pytest.param("qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct", True, id="qwen"),
+        pytest.param("gemma3", "Qwen/Qwen3-VL-8B-Instruct", False, id="medgemma called qwen"),
+        pytest.param("gemma3", "owner/some-tune", True, id="terms not known"),
+        pytest.param(None, "google/gemma-4-E4B-it", False, id="no model type"),
+    ],
+)
+def test_the_base_must_be_of_the_model_s_own_family(tmp_path, model_type, base, fits):
+    folder = write_folder(tmp_path / "dental", {**PLAIN, "base_is_local": True, "base_model": "my-base"})
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    if fits:
+        assert front(write_cards(folder, base=base))["base_model"] == base
+    else:
+        with pytest.raises(CardError, match=f"not made from {base}: config.json says model_type {model_type}, and"):
+            write_cards(folder, base=base)
+        assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "repo", "message"),
+    [
+        pytest.param({}, "owner/dental", "this model is not quantised", id="16 bits"),
+        pytest.param({"quantization": {"method": "nf4"}}, "just-a-name", "expected owner/name", id="no repository"),
+    ],
+)
+def test_what_a_4_bit_copy_was_made_from_is_a_repository(tmp_path, certificate, repo, message):
+    folder = write_folder(tmp_path / "small", PLAIN, **certificate)
+
+    with pytest.raises(CardError, match=message):
+        write_cards(folder, quantized_from=repo)
+    assert not (folder / "README.md").exists()

@@ -1,13 +1,16 @@
 """The card and the terms: what sources ask for adds up, and nothing that comes from data becomes markup."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
+from matplotlib.figure import Figure
 from PIL import Image
 
-from data_builders.dataset_card import draw_bars, escape_markdown, link, quote
+from data_builders.dataset_card import FAULTS, draw_bars, escape_markdown, link, quote
 from data_builders.licences import combine_terms, find_licence
 from data_builders.sources import load_sources
 from data_builders.vqa import build_vqa
@@ -106,6 +109,44 @@ def test_the_card_tells_how_far_guessing_gets(vqa_dataset):
     table = (vqa_dataset / "README.md").read_text().partition("How far one gets without looking")[2]
 
     assert re.search(r"\| presence \| 50\.0 % \| 50\.0 % \| 50\.0 % \| \d+ \|", table)
+
+
+def test_known_limits_are_told_in_words_and_only_where_something_is_wrong(tmp_path):
+    for number in range(4):
+        for folder in ("images", "labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("L", (40, 20), 60 * number).save(tmp_path / "images" / f"p{number}.png")
+        (tmp_path / "labels" / f"p{number}.txt").write_text("0 .2 .7 .1 .1\n" + "0 .2 .7\n" * (number == 0))
+    (tmp_path / "data.yaml").write_text("names: [caries]\ntrain: images\nval: images\n")  # shared_split, an info
+    source = {"name": "s", "reader": "yolo", "root": ".", "modality": "panoramic", "classes": {"caries": "caries"}}
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump({"questions": {"cap": 1}, "sources": [source]}))
+    build_vqa(load_sources(tmp_path / "sources.yaml"), tmp_path / "out", progress=False)
+    (counts,) = json.loads((tmp_path / "out" / "build_report.json").read_text())["sources"]
+    limits = (tmp_path / "out" / "README.md").read_text().partition("## Known limits")[2]
+
+    assert counts["problem_counts"]["shared_split"] == 1
+    assert counts["fault_counts"] == {"bad_label_line": 1}
+    assert "- s: lines of annotations that could not be read (1). `dentalgemma audit` says where." in limits
+    assert "shared" not in limits
+
+
+def test_every_problem_that_a_card_words_is_one_that_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
+
+    assert all(f"| `{code}` |" in page for code in FAULTS)
+
+
+def test_the_legend_lies_on_no_bar(tmp_path, monkeypatch):
+    """The shortest bar is at the bottom, where a legend was: all are as long as the longest here."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_bars(tmp_path / "p" / "p.png", {f"finding {n}": {"train": 5, "test": 4} for n in range(9)}, "images")
+    (figure,) = drawn
+    figure.canvas.draw()
+    (legend,) = figure.legends
+
+    assert not figure.axes[0].get_window_extent().overlaps(legend.get_window_extent())
+    assert [text.get_text() for text in legend.get_texts()] == ["train", "validation", "test"]
 
 
 def test_a_set_under_one_licence_says_so_to_the_hub(vqa_dataset):

@@ -57,7 +57,7 @@ def hostile(vqa_dataset, tmp_path_factory):
     report = report_of(vqa_dataset)
     (source,) = report["sources"]
     report["sources"] = [
-        {**source, "name": text, "license": text, "url": text, "problem_counts": {text: 2}, "origin": origin}
+        {**source, "name": text, "license": text, "url": text, "fault_counts": {text: 2}, "origin": origin}
         for text, origin in zip((*HOSTILE, NASTY), ["human", "model"] * len(HOSTILE), strict=False)
     ]
     report["question_types_by_split"] = {text: {"train": 3} for text in HOSTILE}

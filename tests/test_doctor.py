@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -413,7 +410,7 @@ def test_packing_shares_the_tokens_of_a_picture_and_takes_less_time(look):
 def test_a_step_of_more_rows_than_there_are_is_refused(look):
     found = look(gpus=8, gradient_accumulation_steps=100)
 
-    assert any("one step takes 800 rows" in sentence for sentence in found.refusals)
+    assert any("one step takes 3200 rows" in sentence for sentence in found.refusals)
 
 
 def test_a_run_that_is_evaluated_only_at_its_end_is_warned_of(look):
@@ -556,50 +553,6 @@ def test_a_base_that_is_not_here_cannot_be_passed_offline(look):
 
     assert any("google/medgemma-1.5-4b-it" in sentence for sentence in found.refusals)
     assert any("access to google/medgemma-1.5-4b-it: the Hub could not be asked" in s for s in found.unchecked)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as says whether a model may be had."""
-
-    def do_HEAD(self):
-        gated = "/gated/" in self.path
-        self.send_response(403 if gated else 401)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_HEAD
-
-    def log_message(self, *_):
-        """Say nothing."""
-
-
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_a_gated_model_is_refused_by_the_command_with_exit_code_2(hub, vqa_dataset, tmp_path):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path),
-        "HF_TOKEN": "hf_secret",
-    }
-    command = [sys.executable, "-m", "dentalgemma", "doctor", STAGE1, "--json", "--gpu", "l4"]
-    command += ["--dataset_name", vqa_dataset, "--model_name_or_path", "gated/model"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
-    report = json.loads(done.stdout)
-
-    assert done.returncode == 2
-    assert report["access"] == "denied"
-    assert "gated/model is gated: accept its terms on https://huggingface.co/gated/model" in report["refusals"][0]
-    assert report["dataset"]["rows"]["train"] > 0  # and the rest was looked at
-    assert "hf_secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.known_bug(5)

@@ -193,7 +193,8 @@ def test_a_merge_that_passed_vouches_for_its_own_weights_alone(talkative, items,
 
     folder = tmp_path / "merged"
     weights = fingerprint_weights(load_pretrained(talkative, dtype=torch.float32)[0])
-    merged = certify(folder, talkative, passed=True, files=hash_weights(talkative), weights=weights)
+    stage = {"stage": "vqa", "base_model": "tiny"}
+    merged = certify(folder, talkative, passed=True, files=hash_weights(talkative), weights=weights, stages=[stage])
 
     assert answer(merged, items[:1], tmp_path / "p.jsonl")["item0"]["certificate"] == "passed"
     merged[0].model.multi_modal_projector.mm_input_projection_weight.data.neg_()

@@ -37,6 +37,7 @@ FACTS = {
     "parts": {"language_model": {"parameters": 10, "trainable": 5}},
     "lora": {"r": 8, "alpha": 8, "dropout": 0.0},
     "dtype": "float32",
+    "proof": {"passed": True},
     "hyperparameters": {"learning_rate": 5e-5},
     "global_batch_size": 4,
     "steps": 4,

@@ -2,13 +2,16 @@
 
 import ast
 import dataclasses
+import http.server
 import json
 import os
 import re
 import runpy
 import shlex
 import sys
+import threading
 import types
+import zipfile
 from itertools import pairwise
 
 import nbclient
@@ -24,6 +27,7 @@ from warm_python import warm_up
 import dentalgemma
 from dentalgemma import quickstart
 from dentalgemma.cli import app
+from dentalgemma.publishing.space import name_revision
 from dentalgemma.training.config import StageConfig
 
 FOLDER = REPOSITORY / "notebooks"
@@ -126,6 +130,22 @@ def test_the_notebook_publishes_privately_when_told_to(name, executed, hub):
 
     assert repo.private
     assert {weights, "README.md", "merge_certificate.json"} <= set(repo.files)
+    card = repo.files["README.md"].data.decode()
+    assert f'"me/{name}"' in card and "OWNER/NAME" not in card
+
+
+def test_the_card_of_both_stages_has_scores_contamination_and_a_model_index(executed):
+    _, folder = executed("train_a100")
+    scores = json.loads((folder / "scores.json").read_text())["closed"]
+    _, front, body = (folder / "models" / "dentalgemma" / "README.md").read_text().split("---\n", 2)
+    (entry,) = yaml.safe_load(front)["model-index"]
+    (result,) = entry["results"]
+
+    assert result["dataset"]["name"] == "Closed questions, held-out split of phantoms (drawn radiographs)"
+    accuracies = [metric["value"] for metric in result["metrics"] if metric["type"] == "accuracy"]
+    assert accuracies == [pytest.approx(100 * scores["correct"] / scores["n"], abs=0.005)]
+    for dataset in ("vqa", "instruct"):
+        assert re.search(rf"^Contamination: .* was found where {dataset} trains or validates", body, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -183,6 +203,17 @@ def test_the_file_is_clean_and_says_which_machine_it_wants(name):
     )
     assert "no medical device" in text
     assert gpu is None or "https://huggingface.co/google/medgemma-1.5-4b-it" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_code_cell_is_explained_by_a_text_above_it(name):
+    cells = read(name).cells
+
+    assert not [
+        cell.source
+        for above, cell in pairwise(cells)
+        if cell.cell_type == "code" and (above.cell_type != "markdown" or above.source.startswith("[!["))
+    ]
 
 
 def launches(name):
@@ -312,6 +343,94 @@ def test_kaggle_gives_its_secret(platform, monkeypatch, capsys):
     assert TOKEN not in capsys.readouterr().out
 
 
+@pytest.fixture
+def choose_data(monkeypatch, tmp_path):
+    """Run the cells that find the data, on Colab where it is to upload these ZIP files or mount a Drive."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def choose(*, zips=None, mounted=False, **fields):
+        if zips is not None or mounted:
+            for name, members in (zips or {}).items():
+                (tmp_path / name).write_text("sources: []\n")
+                if members:
+                    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                        for member in members:
+                            archive.writestr(member, "images: images\n")
+            asked = types.SimpleNamespace(upload=lambda: commands.append("asked") or dict.fromkeys(zips, b""))
+            drive = types.SimpleNamespace(mount=lambda where: commands.append(f"mounted {where}"))
+            colab_module = types.ModuleType("google.colab")
+            colab_module.files, colab_module.drive = asked, drive
+            monkeypatch.setitem(sys.modules, "google.colab", colab_module)
+        start = {"SOURCES": "", "UPLOAD": False, "PRESET_DATA": "", "PHANTOMS": 3, "WORK": "dental", "DRIVE": False}
+        namespace = start | {"CASES": "", "sys": sys, "Path": type(tmp_path)} | fields
+        namespace["run"] = lambda *words: commands.append(" ".join(map(str, words)))
+        for words in ("if DRIVE:", "def find_uploaded", "if CASES:"):
+            exec(cell("train_a100", words), namespace)
+        return namespace, commands
+
+    return choose
+
+
+def test_an_uploaded_zip_gives_sources_and_cases_and_is_asked_for_once(choose_data, capsys):
+    zips = {"mine.zip": ["mine/sources.yaml", "mine/cases.yaml", "mine/cases.jsonl"]}
+    namespace, commands = choose_data(zips=zips, UPLOAD=True)
+
+    assert [str(path) for path in namespace["chosen"]] == ["dental/upload/mine/sources.yaml"]
+    assert commands == ["asked", "dentalgemma build-instruct dental/upload/mine/cases.yaml --out dental/data/instruct"]
+    assert choose_data(zips=zips, UPLOAD=True)[1].count("asked") == 1
+    assert "delete that folder to upload anew" in capsys.readouterr().out
+
+
+def test_cases_that_are_named_go_before_those_of_the_zip(choose_data):
+    zips = {"mine.zip": ["sources.yaml", "cases.yaml"]}
+    _, commands = choose_data(zips=zips, UPLOAD=True, CASES="other.yaml")
+
+    assert commands[-1] == "dentalgemma build-instruct other.yaml --out dental/data/instruct"
+
+
+@pytest.mark.parametrize(
+    ("zips", "said"),
+    [
+        ({"mine.zip": ["images/a.png"]}, "No sources.yaml was uploaded: pack it"),
+        ({}, "No sources.yaml was uploaded: pack it"),
+        ({"mine.zip": ["a/sources.yaml", "b/sources.yaml"]}, "holds sources.yaml 2 times: remove all but one"),
+        ({"sources.yaml": []}, "sources.yaml is no ZIP: pack"),
+        (None, "UPLOAD is for Colab. On Kaggle: Add Input"),
+    ],
+)
+def test_an_upload_that_gives_no_sources_says_what_to_do(zips, said, choose_data):
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        choose_data(zips=zips, UPLOAD=True)
+
+
+def test_two_ways_to_name_data_are_one_too_many(choose_data):
+    with pytest.raises(RuntimeError, match="SOURCES and UPLOAD both name data"):
+        choose_data(zips={}, UPLOAD=True, SOURCES="mine/sources.yaml")
+
+
+def test_own_sources_without_cases_leave_stage_2_out_and_say_so(choose_data, capsys):
+    namespace, commands = choose_data(SOURCES="mine/sources.yaml")
+
+    assert namespace["cases"] == [] and commands == []
+    assert "stage 2 will be left out" in capsys.readouterr().out
+
+
+def test_a_drive_holds_the_work_folder_that_was_named(choose_data, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda path, **_: made.append(str(path)))
+    namespace, commands = choose_data(mounted=True, DRIVE=True, WORK="molars", SOURCES="mine/sources.yaml")
+
+    assert str(namespace["WORK"]) == "/content/drive/MyDrive/molars" and made == ["/content/drive/MyDrive/molars"]
+    assert commands == ["mounted /content/drive"]
+    assert "Everything is written to /content/drive/MyDrive/molars" in capsys.readouterr().out
+
+
+def test_a_drive_is_for_colab_alone(choose_data):
+    with pytest.raises(RuntimeError, match=r"DRIVE is for Colab; Kaggle keeps .* Set DRIVE = False"):
+        choose_data(DRIVE=True)
+
+
 def look_at_machine(name, monkeypatch, tmp_path, *, gpu, allow_cpu=False):
     """Run the cells that look at the GPU, where `nvidia-smi` prints `gpu` or is missing."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -349,9 +468,91 @@ def install_cell():
     return namespace
 
 
-def test_the_install_cell_takes_this_release_and_is_skipped_where_it_is_there(capsys):
-    assert install_cell()["VERSION"] == dentalgemma.__version__
+def test_the_install_cell_takes_this_code_and_is_skipped_where_it_is_there(capsys):
+    namespace = install_cell()
+
+    assert (namespace["VERSION"], namespace["REVISION"]) == (
+        dentalgemma.__version__,
+        name_revision(dentalgemma.__version__),
+    )
     assert capsys.readouterr().out == f"DentalGemma {dentalgemma.__version__}\n"  # nothing was fetched
+
+
+@pytest.mark.parametrize(("version", "revision"), [("0.1.0", "v0.1.0"), ("0.2.0.dev0", "main")])
+def test_a_release_installs_its_tag_and_code_between_releases_the_main_branch(version, revision):
+    writer = runpy.run_path(str(FOLDER / "write_notebooks.py"))
+    writer["write_notebook"].__globals__["__version__"] = version
+
+    for name in NAMES:
+        text = writer["write_notebook"](name)
+        assert json.dumps(f'VERSION = "{version}"\n') in text
+        assert json.dumps(f'REVISION = "{revision}"')[:-1] in text
+
+
+def test_code_of_another_revision_is_not_what_the_notebook_wants_though_its_version_is():
+    namespace = install_cell()
+    namespace |= {"VERSION": "0.1.0", "REVISION": "v0.1.0"}
+    is_wanted = namespace["is_wanted"]
+
+    assert is_wanted("0.1.0", "v0.1.0")
+    assert is_wanted("0.1.0", None)  # a clone
+    assert not is_wanted("0.1.0", "main")
+    assert not is_wanted("0.0.9", None)
+    assert not is_wanted(None, None)
+
+
+@pytest.fixture
+def installing(monkeypatch, tmp_path):
+    """The install cell, in a folder of its own, beside a GitHub on this machine that has one tag, v0.1.0."""
+
+    class GitHub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/v0.1.0/constraints.txt" else 404)
+            self.end_headers()
+            self.wfile.write(b"peft==0.21.0\ntorch==2.12.0\n")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), GitHub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    namespace, commands = install_cell(), []
+    namespace["RAW"] = f"http://127.0.0.1:{server.server_port}"
+    namespace["subprocess"] = types.SimpleNamespace(run=lambda words, check: commands.append(words[3:]))
+    namespace["sys"] = types.SimpleNamespace(executable=sys.executable, modules={})
+    yield namespace, commands
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_tag_is_installed_with_the_versions_it_was_tested_with(installing, tmp_path):
+    namespace, commands = installing
+    namespace["REVISION"] = "v0.1.0"
+    namespace["install"]()
+
+    assert commands[0] == ["uninstall", "-q", "-y", "dentalgemma"]  # pip takes the same version for the same code
+    assert commands[1][:4] == ["install", "-q", "-c", "constraints.txt"]
+    assert commands[1][4] == "dentalgemma[bnb] @ git+https://github.com/dentalgemma/dentalgemma@v0.1.0"
+    assert (tmp_path / "constraints.txt").read_text().startswith("peft==0.21.0\n")
+
+
+def test_a_tag_that_github_has_not_stops_with_what_to_do_and_nothing_else_is_installed(installing, tmp_path):
+    namespace, commands = installing
+    namespace["REVISION"] = "v9.9.9"
+
+    with pytest.raises(RuntimeError, match=r'has no v9\.9\.9: .* REVISION = "main" in this cell takes the newest'):
+        namespace["install"]()
+    assert not commands and not list(tmp_path.iterdir())
+
+
+def test_without_internet_it_says_where_to_switch_it_on(installing):
+    namespace, commands = installing
+    namespace["RAW"] = "http://127.0.0.1:9"  # the port to discard to, where nothing answers
+
+    with pytest.raises(RuntimeError, match=r"cannot be reached .* On Kaggle: Settings, Internet on"):
+        namespace["install"]()
+    assert not commands
 
 
 def test_all_versions_are_pinned_but_torch_which_stays_as_it_is():

@@ -333,7 +333,7 @@ def test_wrong_use_is_answered_with_what_to_do(tmp_path):
     own = write_dataset(tmp_path / "own", [record(1, [("tongue_tie", None)])])
     out = tmp_path / "probe.jsonl"
 
-    with pytest.raises(BuildError, match="no such file; build the dataset folder with `dentalgemma build`"):
+    with pytest.raises(BuildError, match="is no VQA dataset folder; build one with `dentalgemma build`"):
         build_probe(tmp_path, "test", out)
     with pytest.raises(BuildError, match="no image in split 'test'; choose among train"):
         build_probe(dataset, "test", out)

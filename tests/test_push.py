@@ -1,12 +1,14 @@
 """What `push` publishes, against a Hub on loopback: one commit, private, the same bytes, loadable by their names."""
 
+import hashlib
 import json
 import re
 import shutil
 
 import pytest
 import yaml
-from loopback_hub import TOKEN, Client, Hub
+from loopback_hub import TOKEN, Blob, Client, Hub
+from PIL import Image
 from test_canaries import PATIENT, all_bytes
 from test_merging import FACTS, write_adapter
 from test_metadata import CANARY, picture, with_metadata
@@ -93,6 +95,17 @@ def here(folder, *left_out):
     return {path: local.read_bytes() for path, local in files.items() if path.split("/")[0] not in left_out}
 
 
+def as_sent(folder, repo_id, *left_out):
+    """The same as it is to arrive: the card names the repository, and the report of a build has that card's hash."""
+    files = here(folder, *left_out)
+    card = files["README.md"].replace(b"OWNER/NAME", repo_id.encode())
+    if "build_report.json" in files:
+        report = json.loads(files["build_report.json"])
+        old, new = report["files"]["README.md"], hashlib.sha256(card).hexdigest()
+        files["build_report.json"] = files["build_report.json"].replace(old.encode(), new.encode())
+    return files | {"README.md": card}
+
+
 def there(repo):
     return {path: blob.data for path, blob in repo.files.items() if path != ".gitattributes"}
 
@@ -102,7 +115,7 @@ def test_a_model_is_private_in_one_commit_to_the_byte(hub, client, medgemma):
     repo = hub.repos["model", "me/model"]
 
     assert repo.private
-    assert there(repo) == here(medgemma, "adapter")
+    assert there(repo) == as_sent(medgemma, "me/model", "adapter")
     assert len(repo.commits) == 2  # the Hub's own when it was created, and this one
     assert repo.tags == {"v1.0": repo.head}
     assert report["format"] == "push/1"
@@ -134,7 +147,7 @@ print(processor.tokenizer.get_vocab() == local.tokenizer.get_vocab(), processor.
     (tmp_path / "pulled" / ".gitattributes").unlink()
 
     assert done.out.split() == ["True"] * 3, done.text[-2000:]
-    assert here(tmp_path / "pulled") == here(medgemma, "adapter")
+    assert here(tmp_path / "pulled") == as_sent(medgemma, "me/pulled", "adapter")
 
 
 def test_an_adapter_alone_makes_its_base_the_merged_model(hub, client, medgemma, tiny_model):
@@ -157,7 +170,7 @@ print(AutoProcessor.from_pretrained("me/adapter").image_processor is not None)
 
     assert done.out.split() == ["True"] * 3, done.text[-2000:]
     assert report["kind"] == "adapter"
-    expected = here(medgemma / "adapter") | {CERTIFICATE: (medgemma / CERTIFICATE).read_bytes()}
+    expected = as_sent(medgemma / "adapter", "me/adapter") | {CERTIFICATE: (medgemma / CERTIFICATE).read_bytes()}
     assert there(hub.repos["model", "me/adapter"]) == expected
 
 
@@ -165,9 +178,9 @@ def test_a_whole_model_and_an_adapter_do_not_share_a_repository(hub, client, reh
     assert client.run("push", rehearsal, "me/whole").code == 0
     done = client.run("push", rehearsal, "me/whole", "--adapter-only")
 
-    assert done.code == 1
+    assert done.code == 2
     assert "holds a whole model: push its adapter to a repository of its own" in done.err
-    assert there(hub.repos["model", "me/whole"]) == here(rehearsal, "adapter")
+    assert there(hub.repos["model", "me/whole"]) == as_sent(rehearsal, "me/whole", "adapter")
 
 
 def test_a_gated_base_names_the_page_where_its_terms_are_accepted(hub, client, tiny_model):
@@ -213,7 +226,7 @@ print(pulled["train"].features == here["train"].features)
     )
 
     assert done.out.split() == ["True"] * 7, done.text[-2000:]
-    assert there(hub.repos["dataset", "me/vqa"]) == here(vqa_dataset)
+    assert there(hub.repos["dataset", "me/vqa"]) == as_sent(vqa_dataset, "me/vqa")
 
 
 def test_sources_whose_terms_exclude_each_other_become_configurations(hub, client, mixed):
@@ -245,6 +258,67 @@ for name in get_dataset_config_names("me/mixed"):
     }
 
 
+def test_cards_name_the_repository_that_they_lie_in(hub, client, medgemma, vqa_dataset, mixed):
+    said = {}
+    for folder, repo, *options in [
+        (medgemma, "me/named"),
+        (medgemma, "me/named-lora", "--adapter-only"),
+        (vqa_dataset, "me/named-vqa"),
+        (mixed, "me/named-mixed"),
+    ]:
+        assert client.run("push", folder, repo, *options).code == 0
+        kind = "model" if folder is medgemma else "dataset"
+        said[repo] = hub.repos[kind, repo].files["README.md"].data.decode()
+
+    for repo, card in said.items():
+        assert re.search(rf'"{repo}"', card), card
+        assert "OWNER/NAME" not in card
+    assert "OWNER/NAME" in (vqa_dataset / "README.md").read_text()  # which stays as it was
+    code = [
+        re.search(r"```python\n(.*?)```", card, re.DOTALL)[1] for card in (said["me/named-vqa"], said["me/named-mixed"])
+    ]
+    done = client.python("\n".join([*code, "print(len(rows) > 0)"]))
+    assert done.out.split()[-1] == "True", done.text[-2000:]
+
+
+def test_the_snippet_of_a_pulled_model_card_runs(hub, client, medgemma, tmp_path):
+    assert client.run("push", medgemma, "me/snippet").code == 0
+    card = hub.repos["model", "me/snippet"].files["README.md"].data.decode()
+    code = next(code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "from_pretrained" in code)
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    for name in set(re.findall(r'"([^"]+\.(?:png|jpg|jpeg))"', code)):
+        code = code.replace(name, str(tmp_path / "image.png"))
+    done = client.python(code.replace('device_map="auto"', 'device_map="cpu"'))
+
+    assert done.code == 0, done.text[-3000:]
+    assert done.out
+    assert hub.seen("HEAD /me/snippet/resolve/|GET /me/snippet/resolve/")
+
+
+def test_permission_is_stated_in_card_and_commit(hub, client, mixed, vqa_dataset):
+    name = json.loads((vqa_dataset / "build_report.json").read_text())["sources"][0]["name"]
+    assert client.run("push", vqa_dataset, "me/agreed", "--permission", name).code == 0
+    card = hub.repos["dataset", "me/agreed"].files["README.md"].data.decode()
+    stated = "Whoever published this states that the owners of these sources agreed to it: "
+    commit = json.loads(hub.seen("POST /api/datasets/me/agreed/commit/")[0].body.splitlines()[0])["value"]
+
+    assert card.endswith(f"\n## Permissions\n\n{stated}{name.replace('_', chr(92) + '_')}.\n")
+    assert commit["description"].startswith(stated)
+    assert client.run("push", vqa_dataset, "me/unstated").code == 0  # the control
+    assert "## Permissions" not in hub.repos["dataset", "me/unstated"].files["README.md"].data.decode()
+
+
+def test_what_no_build_wrote_stays_here_of_a_mixed_dataset_too(hub, client, mixed, tmp_path):
+    folder = shutil.copytree(mixed, tmp_path / "vqa")
+    (folder / "ana_perez.txt").write_text("a note")
+    before = sorted(tmp_path.iterdir())
+    report = client.run("push", folder, "me/mixed-note", "--json").json
+
+    assert report["left_here"] == ["ana_perez.txt"]
+    assert "ana_perez.txt" not in there(hub.repos["dataset", "me/mixed-note"])
+    assert sorted(tmp_path.iterdir()) == before  # nor is the copy that was sent left beside it
+
+
 def test_a_space_is_created_as_one(hub, client, tmp_path):
     write_space(tmp_path / "space", "me/model")
     (tmp_path / "space" / "__pycache__").mkdir()
@@ -272,7 +346,7 @@ def test_what_is_public_stays_so_only_when_asked(hub, client, vqa_dataset):
     hub.add("me/open", repo_type="dataset")
     refused = client.run("push", vqa_dataset, "me/open")
 
-    assert refused.code == 1
+    assert refused.code == 2
     assert "is public: say --public, or take another name" in refused.err
     assert not hub.seen("POST|PUT")
     assert client.run("push", vqa_dataset, "me/open", "--public").code == 0
@@ -280,19 +354,19 @@ def test_what_is_public_stays_so_only_when_asked(hub, client, vqa_dataset):
 
 def test_a_private_repository_becomes_public_with_no_new_commit(hub, client, vqa_dataset):
     assert client.run("push", vqa_dataset, "me/later").code == 0
-    foreseen = client.run("push", vqa_dataset, "me/later", "--public", "--dry-run").out
+    foreseen = client.run("push", vqa_dataset, "me/later", "--public", "--dry-run").out  # all of it was checked
     report = client.run("push", vqa_dataset, "me/later", "--public", "--json").json
     repo = hub.repos["dataset", "me/later"]
 
     assert (repo.private, len(repo.commits), report["committed"], report["read_back"]) == (False, 2, False, True)
-    assert "all earlier commits of the private repository become public" in foreseen
+    assert "what was private in this repository becomes public with it" in foreseen
 
 
 def test_a_dry_run_lists_everything_and_sends_nothing(hub, client, vqa_dataset):
     done = client.run("push", vqa_dataset, "me/new", "--dry-run", "--tag", "v1")
 
     assert done.code == 0
-    for path, data in here(vqa_dataset).items():
+    for path, data in as_sent(vqa_dataset, "me/new").items():
         assert re.search(rf"^ ?{re.escape(path)} +{len(data):,} +new", done.out, re.MULTILINE), path
     assert "dataset, private" in done.out
     assert "Licence: apache-2.0" in done.out
@@ -317,18 +391,37 @@ def test_a_dry_run_does_without_the_hub(hub, client, vqa_dataset, environment, r
 
 
 def test_what_loading_would_still_find_goes_and_what_people_added_stays(hub, client, vqa_dataset, tmp_path):
-    for name in ("data/train-00000-of-00002.parquet", "figures/old.png", "NOTES.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    theirs = ["NOTES.md", "data/example.png", "data/sub/x/train-00000-of-00001.parquet", "figures/old.png"]
+    for name in ("data/train-00000-of-00002.parquet", *theirs):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"of another release")
     repo = hub.add("me/release", tmp_path, repo_type="dataset", private=True)
     foreseen = client.run("push", vqa_dataset, "me/release", "--dry-run").out
     report = client.run("push", vqa_dataset, "me/release", "--json").json
 
-    assert report["remote"]["deleted"] == ["data/train-00000-of-00002.parquet", "figures/old.png"]
-    assert report["remote"]["kept"] == [".gitattributes", "NOTES.md"]
-    assert "To be deleted there: data/train-00000-of-00002.parquet, figures/old.png" in foreseen
-    assert there(repo) == here(vqa_dataset) | {"NOTES.md": b"of another release"}
+    assert report["remote"]["deleted"] == ["data/train-00000-of-00002.parquet"]
+    assert report["remote"]["kept"] == [".gitattributes", *theirs]
+    assert "To be deleted there: data/train-00000-of-00002.parquet\n" in foreseen
+    assert there(repo) == as_sent(vqa_dataset, "me/release") | dict.fromkeys(theirs, b"of another release")
     assert len(repo.commits) == 2
+
+
+@pytest.mark.parametrize("kind", ["space", "model"])
+def test_a_second_push_leaves_what_people_added(hub, client, rehearsal, tmp_path, kind):
+    folder = rehearsal if kind == "model" else write_space(tmp_path / "space", "me/model")
+    assert client.run("push", folder, "me/second").code == 0
+    repo = hub.repos[kind, "me/second"]
+    theirs = dict.fromkeys(["data/example.png", "tokenizer_notes.md", "sub/model.safetensors"], Blob(b"theirs"))
+    if kind == "model":
+        old = {"model-00001-of-00002.safetensors": Blob(b"old"), "model.safetensors.index.json": Blob(b"old")}
+    else:
+        old = {}
+        theirs |= {"tokenizer.json": Blob(b"theirs")}
+    repo.commit({**repo.files, **theirs, **old})
+    report = client.run("push", folder, "me/second", "--json").json
+
+    assert report["remote"]["deleted"] == sorted(old)
+    assert theirs.items() <= repo.files.items()
 
 
 def test_a_tag_does_not_move(hub, client, vqa_dataset, tmp_path):
@@ -336,7 +429,7 @@ def test_a_tag_does_not_move(hub, client, vqa_dataset, tmp_path):
     repo.tags["v1.0"] = repo.head
     refused = client.run("push", vqa_dataset, "me/tagged", "--tag", "v1.0")
 
-    assert refused.code == 1
+    assert refused.code == 2
     assert "take another --tag" in refused.err
     assert not hub.seen("POST|PUT")
     assert client.run("push", vqa_dataset, "me/tagged", "--tag", "v1.1").code == 0
@@ -391,7 +484,7 @@ def test_what_was_typed_or_photographed_by_mistake_reaches_nobody(hub, client, t
     (folder / ".env").write_text(f"HF_TOKEN={TYPED}")
     said.append(client.run("push", folder, "me/canary", "--public").text)
 
-    assert there(hub.repos["space", "me/canary"]) == here(folder, ".env")
+    assert there(hub.repos["space", "me/canary"]) == as_sent(folder, "me/canary", ".env")
     assert "Left here: .env" in said[-1]
     sent = b"".join(request.body for request in hub.requests)
     for secret in (TYPED, TYPED[3:], CANARY.decode()):

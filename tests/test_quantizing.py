@@ -201,8 +201,9 @@ def test_what_cannot_be_quantised_is_said_in_one_sentence(quantised, merged, tin
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("years")
 
-    with pytest.raises(MergeError, match="make the folder with `dentalgemma merge`"):
+    with pytest.raises(InputError, match="make the folder with `dentalgemma merge`") as caught:
         quantize_model(tiny_model, tmp_path / "out")
+    assert caught.value.exit_code == 2  # as `card` says of it
     with pytest.raises(InputError, match="is quantised already"):
         quantize_model(folder, tmp_path / "out")
     with pytest.raises(LoadError, match="not empty"):

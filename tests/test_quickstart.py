@@ -6,6 +6,7 @@ import re
 import pytest
 from datasets import Image, List, load_dataset, load_from_disk
 
+from data_builders.records import InputError
 from dentalgemma import quickstart
 from dentalgemma.models.rehearsal import teach_tower
 from dentalgemma.models.tiny import make_tiny_model
@@ -68,7 +69,7 @@ def test_the_card_tells_both_stages(finished):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
 
-    with pytest.raises(quickstart.QuickstartError, match="not empty"):
+    with pytest.raises(InputError, match="not empty"):
         quickstart.run_quickstart(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years"
 

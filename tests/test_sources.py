@@ -104,3 +104,33 @@ def test_a_quoted_id_is_no_id_and_the_message_shows_the_quotes(tmp_path, classes
     _, problems = read_labels(tmp_path, classes)
 
     assert message in problems[-1]
+
+
+def test_an_item_that_is_wrong_is_not_said_to_be_missing_as_well(tmp_path):
+    path = tmp_path / "sources.yaml"
+    path.write_text("sources:\n- {name: s, reader: yollo, root: .}\n")
+
+    with pytest.raises(SourcesError) as caught:
+        load_sources(path)
+    assert "sources.0.reader: Input should be" in str(caught.value)
+    assert "at least 1 item" not in str(caught.value)
+    path.write_text("sources: []\n")
+    with pytest.raises(SourcesError, match="sources: Tuple should have at least 1 item"):
+        load_sources(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty: expected keys and values"),
+        ("# nothing yet\n", "is empty: expected keys and values"),
+        ("- a\n", "expected keys and values, got a list"),
+        ("caries\n", "expected keys and values, got one text"),
+    ],
+)
+def test_what_is_no_mapping_is_said_in_plain_words(tmp_path, text, message):
+    path = tmp_path / "sources.yaml"
+    path.write_text(text)
+
+    with pytest.raises(SourcesError, match=message):
+        load_sources(path)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from data_builders.records import InputError
 from dentalgemma import __version__, cli
-from dentalgemma.publishing.space import SpaceError, write_space
+from dentalgemma.publishing.space import SpaceError, name_revision, write_space
 
 MODEL, BASE = "someone/dentalgemma", "google/medgemma-1.5-4b-it"
 
@@ -43,8 +43,29 @@ def test_a_space_is_three_files_with_the_front_matter_that_the_hub_reads(tmp_pat
     for said in ("no medical device", "HF_TOKEN", "not stored", f"terms of {MODEL}", "revision `v1.0`"):
         assert said in body
     assert f"dentalgemma demo {MODEL} --base {BASE} --revision v1.0\n" in body
-    pinned = f"dentalgemma[demo] @ git+https://github.com/dentalgemma/dentalgemma@v{__version__}\n"
-    assert (folder / "requirements.txt").read_text() == pinned
+    code = name_revision(__version__)
+    pinned = f"dentalgemma[demo] @ git+https://github.com/dentalgemma/dentalgemma@{code}"
+    assert (folder / "requirements.txt").read_text() == f"{pinned}\n"
+    assert f'pip install "{pinned}"' in body and f"that of `{code}`" in body
+
+
+@pytest.mark.parametrize(
+    ("written_by", "code", "said"),
+    [
+        ("0.1.0", "v0.1.0", "The build fails where GitHub has no such tag"),
+        ("0.2.0.dev0", "main", "It changes: put a commit or a release in its place"),
+    ],
+)
+def test_a_release_names_its_tag_and_code_between_releases_the_main_branch(
+    written_by, code, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dentalgemma.publishing.space.__version__", written_by)
+    folder = write_space(tmp_path / "space", MODEL)
+    _, body = front_matter(folder)
+
+    assert (folder / "requirements.txt").read_text().endswith(f"/dentalgemma/dentalgemma@{code}\n")
+    assert f'dentalgemma@{code}"\n' in body
+    assert said in body
 
 
 def test_the_pinned_gradio_is_the_one_of_the_constraints(tmp_path):

@@ -124,8 +124,14 @@ def test_facts_say_how_pictures_were_seen(make_trainer, tiny_model, tmp_path):
     write_run_facts(trainer, *trainer.facts_of)
     facts = json.loads((tmp_path / "run_facts.json").read_text())
 
-    shown = {name for rows in (trainer.train_dataset, trainer.eval_dataset) for own in rows[PICTURES] for name in own}
-    assert facts["vision"] == {"features": "cached", "reason": None, "pictures": len(shown), "image_fit": "stretch"}
+    trained, validated = (
+        {name for own in rows[PICTURES] for name in own} for rows in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    assert validated - trained
+    assert facts["vision"] == {
+        "features": "cached", "reason": None, "pictures": len(trained | validated), "train_pictures": len(trained),
+        "image_fit": "stretch",
+    }  # fmt: skip
     assert facts["packing"] == {"questions": 2, "texts": False}
     assert facts["memory"]["rows"] * facts["memory"]["accumulation"] == 4
     assert 0 <= facts["data_wait"] < 1

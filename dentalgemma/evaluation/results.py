@@ -142,8 +142,8 @@ def _describe(scores: Mapping, kind: str) -> dict:
         "n": own.get("judged") if kind == "open" else own["n"],
         "correct": own["correct"],
         "wilson_95": [_percent(share) for share in own["wilson"]],
-        # None without width: answers that are all alike give none.
-        "by_image_95": [_percent(share) for share in (by_image if has_width(by_image) else ())],
+        # An interval without width is none: answers that are all alike tell nothing of others.
+        **({"by_image_95": [_percent(share) for share in by_image]} if has_width(by_image) else {}),
         "mode": scores["mode"],
         "questions_sha256": scores["questions_sha256"],
     }

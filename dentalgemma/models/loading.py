@@ -13,13 +13,23 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import httpx2
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -43,6 +53,9 @@ ADAPTER_UNDER_ZERO3 = (
     "merged model, or use recipes/accelerate/zero2.yaml"
 )
 SAMPLED = 64  # values of each tensor that go into a fingerprint
+Error = TypeVar("Error", bound=BaseException)
+# What asking the Hub may raise: its own errors are OSError, those of the network come as the HTTP client has them.
+HUB_ERRORS = (OSError, httpx2.HTTPError)
 
 
 class LoadError(InputError):
@@ -202,8 +215,12 @@ def load_pretrained(
             **quantised,
         )
         processor = load_processor(name, revision=revision)
-    except OSError as error:
-        raise LoadError(explain(name, error)) from error
+    except HUB_ERRORS as error:
+        raise LoadError(explain(name, error, revision=revision)) from error
+    except InputError:
+        raise
+    except ValueError as error:  # no model_type, or one that this version of transformers does not know
+        raise LoadError(f"{name}: {str(error).splitlines()[0]}") from error
     # A key that is not in the files would stay at its random start, and training would go on regardless.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -294,8 +311,8 @@ def weights_folder(name: str | Path, revision: str | None = None) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(WEIGHT_FILES)))
-    except OSError as error:
-        raise LoadError(explain(str(name), error)) from error
+    except (*HUB_ERRORS, HFValidationError) as error:
+        raise LoadError(explain(str(name), error, revision=revision)) from error
 
 
 def fingerprint_files(folder: Path) -> str:
@@ -334,7 +351,7 @@ def _adapter_folder(name: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:
+    except HUB_ERRORS:
         return None  # loading it as a model will say why
     return weights_folder(name, revision) if found else None
 
@@ -360,11 +377,50 @@ def turn_end(processor: ProcessorMixin) -> int | None:
     return next((vocabulary[token] for token in ("<end_of_turn>", "<turn|>") if token in vocabulary), None)
 
 
-def explain(name: str, error: OSError) -> str:
-    """Say in one sentence why a model could not be loaded, and what to do."""
-    text = str(error)
-    if "gated" in text or "401" in text or "403" in text:
-        return f"{name} is gated: {GATED.format(name=name)}"
+def explain(name: str, error: BaseException, *, revision: str | None = None, kind: str = "model") -> str:
+    """Say in one sentence why the Hub did not give a model (or `kind` dataset), and what to do.
+
+    The cause is told from the errors behind it, never from their words: those of transformers fit no command of ours.
+    """
+    missing = f"{name} is neither a folder here nor a {kind} that the Hub would give"
+    page = f"{'datasets/' if kind == 'dataset' else ''}{name}"
+    causes = list(_causes(error))
+    if _first(causes, GatedRepoError):
+        return f"{name} is gated: {GATED.format(name=page)}"
+    if _first(causes, RepositoryNotFoundError):
+        return f"{missing}: it does not exist there, or is private and your login may not see it"
+    if _first(causes, RevisionNotFoundError):
+        return f"{name} has no revision {revision or 'of this name'}: see https://huggingface.co/{page}/tree/main"
     if Path(name).exists():
-        return f"{name}: {text}"
-    return f"{name} is neither a folder here nor a model that the Hub would give: {text}"
+        return f"{name}: {_one_line(error)}"
+    if _first(causes, HFValidationError):
+        return f"{missing}: it is written OWNER/NAME there"
+    if constants.HF_HUB_OFFLINE or _first(causes, OfflineModeIsEnabled):
+        return f"{missing}: the Hub is not asked (HF_HUB_OFFLINE is set), and it was not downloaded before"
+    if refusal := _first(causes, HfHubHTTPError):
+        status = refusal.response.status_code
+        if status == HTTPStatus.UNAUTHORIZED:
+            return (
+                f"{name}: your token is not valid, or no longer: log in again with `hf auth login`, or unset HF_TOKEN"
+            )
+        if status == HTTPStatus.FORBIDDEN:
+            return f"{name}: your token may not read it: give it that right on https://huggingface.co/settings/tokens"
+        return f"{missing}: it answered with {status}; try again later"
+    if lost := _first(causes, httpx2.TransportError) or _first(causes, ConnectionError):
+        return f"{missing}: the Hub cannot be reached ({_one_line(lost)}); is there a network?"
+    return f"{missing}: {_one_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first(causes: Sequence[BaseException], kind: type[Error]) -> Error | None:
+    return next((cause for cause in causes if isinstance(cause, kind)), None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -106,6 +106,20 @@ def _check_format(path: Path, document: object, kind: str, command: str) -> dict
     return document
 
 
+def count_shown(stage: Mapping) -> dict:
+    """What a stage's kept weights were shown: `{rows, images, seen}`; `seen` is None where it was every row.
+
+    Rows that were left out as too long are not of them. `images` is None where the number is not recorded.
+    """
+    split = stage.get("train_split", "train")
+    rows = stage["dataset_rows"][split] - (stage.get("left_out") or {}).get(split, 0)
+    step = stage.get("best_step") or stage["steps"]
+    epochs = stage["epochs"] * step / max(stage["steps"], 1)
+    seen = min(step * stage["global_batch_size"], rows)
+    images = (stage.get("vision") or {}).get("train_pictures")
+    return {"rows": rows, "images": images, "seen": seen if epochs < 1 and seen < rows else None}
+
+
 def list_languages(stages: Sequence[Mapping]) -> list[str]:
     """The languages of the training rows of all stages, as ISO codes."""
     found = {language for stage in stages for language in _contents(stage, "languages")}

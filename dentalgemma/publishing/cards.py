@@ -23,6 +23,7 @@ from dentalgemma.evaluation.results import REPO_ID, model_index
 from dentalgemma.publishing.card_facts import (
     CardError,
     compose_panels,
+    count_shown,
     describe_procedure,
     find_test,
     list_findings,
@@ -37,11 +38,13 @@ from dentalgemma.publishing.card_facts import (
     read_scores,
 )
 from dentalgemma.publishing.card_figures import draw_composition, draw_losses, draw_results
+from dentalgemma.publishing.families import contradict_base
 from dentalgemma.publishing.licences import ModelTerms, find_base, judge_model, list_sources
 
 README, NOTICE, FIGURES, ADAPTER = "README.md", "NOTICE", "figures", "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 TAGS = ["dental", "medical", "radiology", "dentalgemma"]
+OWN_NAME = "OWNER/NAME"  # the card's own repository, which is not known yet: `push` puts the name in its place
 WEB = re.compile(r"https?://[^\s<>()\[\]\"'`|\\]+")
 NO_CITATION = re.compile(r"[^\w .,:/-]")
 PROJECT = "https://github.com/dentalgemma/dentalgemma"
@@ -58,7 +61,6 @@ class Kind(NamedTuple):
 
 
 MODEL = Kind("transformers", "finetune", "model_card.md.jinja")
-QUANTIZED = Kind("transformers", "quantized", "model_card.md.jinja")
 LORA = Kind("peft", "adapter", "adapter_card.md.jinja")
 
 
@@ -71,16 +73,15 @@ def write_model_card(
     contamination: Path | None = None,
     decision: Path | None = None,
     benchmark: str | None = None,
-    repo: str | None = None,
-    adapter_repo: str | None = None,
+    quantized_from: str | None = None,
 ) -> Path:
     """Write `README.md`, its figures and, where the base's terms ask for one, `NOTICE` into a merged model folder.
 
     The folder's `adapter/`, where there is one, gets its own, and its configuration names the base. `base` is the Hub
     id of the base, where the runs started from a folder. `scores` of this model also become the card's `model-index`,
     where `benchmark` says what the questions are called. `contamination` is one document, or a list of one for each
-    dataset. `repo` and `adapter_repo` are the repositories on the Hub that the usage code is to name; without them it
-    names the folder. Returns the path of the model's card.
+    dataset. `quantized_from` is the repository on the Hub of the merged model that a 4-bit copy was made from. The
+    cards call their own repository OWNER/NAME; `push` puts its name in. Returns the path of the model's card.
 
     Raises:
         CardError: when a fact is missing, or one of the files is not about this model and its questions.
@@ -89,19 +90,23 @@ def write_model_card(
     certificate = read_recorded(model)
     stages = certificate["stages"]
     rehearsal = bool(stages[0]["base_is_rehearsal"])
-    base = _find_base(stages[0], base)
-    _check_repositories(repo, adapter_repo)
+    base = _find_base(stages[0], base, config=model / "config.json")
+    _check_origin(quantized_from, certificate)
     scored = read_scores(Path(scores), certificate) if scores else None
     compared = read_comparison(Path(comparison), certificate) if comparison else None
-    terms = judge_model(base, list_sources(stages), rehearsal=rehearsal)
+    sources = list_sources(stages)
+    terms = judge_model(base, sources, rehearsal=rehearsal)
     facts = {
         "certificate": certificate,
         "stages": stages,
+        "shown": list(map(count_shown, stages)),
         "rehearsal": rehearsal,
         "base": base,
+        "quantized_from": quantized_from,
         "origin": "a small random model for rehearsals" if rehearsal else f"`{base}`",
         "splits": list(dict.fromkeys(split for stage in stages for split in stage["dataset_rows"])),
         "terms": terms,
+        "non_commercial": any(map(_forbids_commerce, sources)),
         "comparison": compared,
         "scores": scored,
         "contamination": read_contamination(Path(contamination)) if contamination else None,
@@ -119,14 +124,13 @@ def write_model_card(
         "data.png": draw_composition(compose_panels(stages)),
     }
     index = _index(model, scored, benchmark) if scored else {}
-    kind = QUANTIZED if certificate.get("quantization") else MODEL
     if facts["adapter"]:
-        _write(model / ADAPTER, LORA, facts, figures, repo=adapter_repo, name=model.name)
+        _write(model / ADAPTER, LORA, facts, figures, name=model.name)
         _name_base(model / ADAPTER / ADAPTER_CONFIG, base, rehearsal=rehearsal)
-    return _write(model, kind, facts, figures, repo=repo, name=model.name, index=index)
+    return _write(model, MODEL, facts, figures, name=model.name, index=index)
 
 
-def _find_base(first: Mapping, base: str | None) -> str:
+def _find_base(first: Mapping, base: str | None, *, config: Path) -> str:
     """The Hub id of the base; of a rehearsal the name of its folder."""
     recorded = first["base_model"]
     if first["base_is_rehearsal"]:
@@ -148,13 +152,24 @@ def _find_base(first: Mapping, base: str | None) -> str:
             f"the first stage started from a folder {recorded}, which is under the {by_name.title}, and {base} is not: "
             "name the right model with --base"
         )
+    if found := contradict_base(config, base):
+        raise CardError(f"{config.parent} was not made from {base}: {found}; name the right model with --base")
     return base
 
 
-def _check_repositories(*repositories: str | None) -> None:
-    for repo in repositories:
-        if repo is not None and not REPO_ID.fullmatch(repo):
-            raise CardError(f"{repo!r} is no repository of the Hub: expected owner/name")
+def _check_origin(repo: str | None, certificate: Mapping) -> None:
+    """The merged model of a 4-bit copy: a repository, and only where there is such a copy."""
+    if repo is None:
+        return
+    if not certificate.get("quantization"):
+        raise CardError("--quantized-from is for what `dentalgemma quantize` wrote, and this model is not quantised")
+    if not REPO_ID.fullmatch(repo):
+        raise CardError(f"--quantized-from: {repo!r} is no repository of the Hub: expected owner/name")
+
+
+def _forbids_commerce(source: Mapping) -> bool:
+    licence = find_licence(source.get("license")) if source.get("rows", 1) else None
+    return licence is not None and not licence.commercial
 
 
 def _stacked(model: Path, certificate: Mapping) -> dict | None:
@@ -170,23 +185,20 @@ def _write(
     facts: Mapping,
     figures: Mapping[str, bytes | None],
     *,
-    repo: str | None,
     name: str,
     index: Mapping | None = None,
 ) -> Path:
     """Write one card, what it shows and its NOTICE; the card last, since a push looks for it."""
     title = f"DentalGemma ({_show(name)}{', adapter' if kind is LORA else ''})"
-    own_name = repo or (name if kind is not LORA else f"./{name}/{ADAPTER}")
     body = (
         _environment()
         .get_template(kind.template)
         .render(
             **facts,
             title=title,
-            repo=own_name,
-            on_hub=repo is not None,
+            repo=OWN_NAME,
             figures=figures,
-            citations=_cite(facts, repo, name),
+            citations=_cite(facts, name),
         )
     )
     text = f"---\n{_front_matter(kind, facts, index or {})}---\n\n{body}"
@@ -206,14 +218,13 @@ def _front_matter(kind: Kind, facts: Mapping, index: Mapping) -> str:
     """The card's metadata as YAML, which reads back as exactly what was meant."""
     stages = facts["stages"]
     datasets = dict.fromkeys(name for stage in stages for name in stage.get("hub_datasets") or ())
-    of_base = {} if facts["rehearsal"] else {"base_model": facts["base"], "base_model_relation": kind.relation}
     data = ModelCardData(
         language=facts["languages"] or None,
         library_name=kind.library,
         pipeline_tag="image-text-to-text",
-        tags=TAGS,
+        tags=[*TAGS, *(["non-commercial"] if facts["non_commercial"] else ())],
         datasets=[name for name in datasets if REPO_ID.fullmatch(name)] or None,
-        **of_base,
+        **_name_origin(kind, facts),
         **facts["terms"].metadata,
         **index,
     ).to_dict()
@@ -221,6 +232,19 @@ def _front_matter(kind: Kind, facts: Mapping, index: Mapping) -> str:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1_000_000)
     assert ModelCard(f"---\n{text}---\n").data.to_dict() == data == yaml.safe_load(text)
     return text
+
+
+def _name_origin(kind: Kind, facts: Mapping) -> dict[str, str]:
+    """The base and the relation to it; of a 4-bit copy the merged model, where its repository is known.
+
+    The base whose terms apply has a key of ours then.
+    """
+    if facts["rehearsal"]:
+        return {}
+    if kind is MODEL and facts["quantized_from"]:
+        merged = {"base_model": facts["quantized_from"], "base_model_relation": "quantized"}
+        return {**merged, "original_base_model": facts["base"]}
+    return {"base_model": facts["base"], "base_model_relation": kind.relation}
 
 
 def _index(model: Path, scores: Mapping, benchmark: str | None) -> dict:
@@ -254,13 +278,13 @@ def _name_base(config: Path, base: str, *, rehearsal: bool) -> None:
         write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _cite(facts: Mapping, repo: str | None, name: str) -> list[str]:
+def _cite(facts: Mapping, name: str) -> list[str]:
     """BibTeX entries of this model, the toolkit and the base: what is recorded of them, no invented authors."""
     weights = facts["certificate"]["weights"]
     version = facts["stages"][-1]["versions"].get("dentalgemma", __version__)
-    own = {"title": repo or name, "note": f"A dental vision-language model, weights {weights}"}
+    own = {"title": name, "note": f"A dental vision-language model, weights {weights}"}
     entries = [
-        _bibtex("misc", f"{repo or name} {weights}", {**own, **_published(repo)}),
+        _bibtex("misc", f"{name} {weights}", {**own, **_published(OWN_NAME)}),
         _bibtex("software", "dentalgemma", {"title": "DentalGemma", "version": version, "url": PROJECT}),
     ]
     if not facts["rehearsal"]:
@@ -270,8 +294,8 @@ def _cite(facts: Mapping, repo: str | None, name: str) -> list[str]:
     return entries
 
 
-def _published(repo: str | None) -> dict[str, str]:
-    return {"publisher": "Hugging Face", "url": f"https://huggingface.co/{repo}"} if repo else {}
+def _published(repo: str) -> dict[str, str]:
+    return {"publisher": "Hugging Face", "url": f"https://huggingface.co/{repo}"}
 
 
 def _bibtex(kind: str, key: str, fields: Mapping[str, str]) -> str:

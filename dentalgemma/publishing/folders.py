@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
-from dentalgemma.certificates import ADAPTER_FOLDER, CERTIFICATE
+from dentalgemma.certificates import ADAPTER_FOLDER, ADAPTER_WEIGHTS, CERTIFICATE, MODEL_FILES, PROCESSOR_FILES
 
 RUN_FACTS = "run_facts.json"
-CARD = "README.md"
+CARD, NOTICE = "README.md", "NOTICE"
+ADAPTER_CONFIG = "adapter_config.json"
+TERMS = ("TERMS.md", "TERMS.txt")  # a copy of the base's terms, which its owner wants recipients to be given
+PAPERS = (CARD, NOTICE, CERTIFICATE, *TERMS)
+SPACE_FILES = (CARD, "app.py", "requirements.txt")
+RESULTS = ".eval_results"  # what `export-results` writes: the one hidden folder that the Hub reads
+FIGURE = re.compile(r"\bfigures/[\w.-]+")
 # What the system or an editor left; a hidden file is never published either.
 LITTER = frozenset({"__pycache__", "Thumbs.db", "desktop.ini"})
 
@@ -24,19 +32,26 @@ class PushRefused(InputError):
 
 
 class Publication(NamedTuple):
-    """What is to be published: `files` by their path in the repository, `left_here` what stays on this machine."""
+    """What is to be published: `files` by their path in the repository, `left_here` what stays on this machine.
+
+    `beside` are those files of `left_here` that lie right beside a model or a Space without being part of it: they are
+    looked into all the same, since a token there is one too many. What lies in folders of its own is not.
+    """
 
     kind: Literal["model", "adapter", "dataset", "space"]
     repo_type: Literal["model", "dataset", "space"]
     files: dict[str, Path]
     left_here: list[str]
+    beside: dict[str, Path] = {}
 
 
 def recognise(folder: Path, *, adapter_only: bool = False) -> Publication:
     """Tell a model, its adapter, a dataset and a Space apart by what lies in the folder, and list its files.
 
-    Hidden files, empty folders and what no build wrote into a dataset stay here. `adapter_only` takes the subfolder
-    `adapter` of a model folder, with the model's certificate; without it that subfolder stays here.
+    A repository gets what `merge`, `card`, `quantize`, `build` and `space` write, and no other file: of a model the
+    weights that its certificate lists, settings and processor, papers, and the figures that its card shows.
+    `adapter_only` takes the subfolder `adapter` of a model folder, with the model's certificate; without it that
+    subfolder stays here.
 
     Raises:
         PushRefused: when it is none of these, or has a link that leads out of it.
@@ -50,14 +65,68 @@ def recognise(folder: Path, *, adapter_only: bool = False) -> Publication:
     if adapter_only:
         return _take_adapter(folder)
     files, left_here = _list_files(folder)
-    belongs = _built_files(folder) if kind == "dataset" else None
-    left = [
-        path
-        for path in files
-        if (path.startswith(f"{ADAPTER_FOLDER}/") if kind == "model" else belongs is not None and path not in belongs)
-    ]
-    kept = {path: local for path, local in files.items() if path not in set(left)}
-    return Publication(kind, kind, kept, sorted([*left_here, *left]))
+    if kind == "model":
+        left_here = _take_results(folder, files, left_here)
+        belongs = {*PAPERS, *MODEL_FILES, *_certified_files(folder), *_shown_figures(folder)}
+        return _sort_out("model", files, left_here, lambda path: path in belongs or path.startswith(f"{RESULTS}/"))
+    if kind == "space":
+        return _sort_out("space", files, left_here, lambda path: path in SPACE_FILES)
+    built = _built_files(folder)
+    return _sort_out("dataset", files, left_here, lambda path: built is None or path in built)
+
+
+def _sort_out(
+    kind: Literal["model", "adapter", "dataset", "space"],
+    files: Mapping[str, Path],
+    left_here: Iterable[str],
+    belongs: Callable[[str], bool],
+) -> Publication:
+    """Split files into those that are published and those that stay here."""
+    kept = {path: local for path, local in sorted(files.items()) if belongs(path)}
+    left = [path for path in files if path not in kept]
+    beside = {path: files[path] for path in left if kind != "dataset" and "/" not in path}
+    repo_type = "model" if kind == "adapter" else kind
+    return Publication(kind, repo_type, kept, sorted([*left_here, *_name_folders(left, kept)]), beside)
+
+
+def _name_folders(left: Iterable[str], kept: Iterable[str]) -> Iterator[str]:
+    """A folder of which nothing is published in one word, `adapter/ (11 files)`; else every file."""
+    part = {path.split("/")[0] for path in kept}
+    whole: dict[str, int] = {}
+    for path in left:
+        top = path.split("/")[0]
+        if top == path or top in part:
+            yield path
+        else:
+            whole[top] = whole.get(top, 0) + 1
+    yield from (f"{top}/ ({count} file{'s' * (count != 1)})" for top, count in whole.items())
+
+
+def _certified_files(folder: Path) -> set[str]:
+    """The weights that the certificate lists; none where it is damaged, which the checks refuse."""
+    try:
+        return set(json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _shown_figures(folder: Path) -> set[str]:
+    try:
+        return set(FIGURE.findall((folder / CARD).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        return set()
+
+
+def _take_results(folder: Path, files: dict[str, Path], left_here: list[str]) -> list[str]:
+    """Add the results that the Hub shows on a model's page; returns what is left here without them."""
+    results = folder / RESULTS
+    if results.is_symlink() or not results.is_dir():
+        return left_here
+    files |= {
+        f"{RESULTS}/{path.name}": path for path in results.glob("*.yaml") if path.is_file() and not path.is_symlink()
+    }
+    others = [path for path in sorted(results.iterdir()) if f"{RESULTS}/{path.name}" not in files]
+    return [*(path for path in left_here if path != f"{RESULTS}/"), *(f"{RESULTS}/{path.name}" for path in others)]
 
 
 def _built_files(folder: Path) -> set[str] | None:
@@ -91,9 +160,14 @@ def _tell_kind(folder: Path) -> Literal["model", "dataset", "space"]:
 def _take_adapter(folder: Path) -> Publication:
     if not (folder / ADAPTER_FOLDER).is_dir():
         raise PushRefused(f"{folder}: {_why_no_adapter(folder)}")
-    files, left_here = _list_files(folder / ADAPTER_FOLDER)
+    adapter = folder / ADAPTER_FOLDER
+    files, left_here = _list_files(adapter)
     files[CERTIFICATE] = folder / CERTIFICATE
-    return Publication("adapter", "model", dict(sorted(files.items())), left_here)
+    for name in TERMS:
+        if (folder / name).is_file() and not (folder / name).is_symlink():
+            files.setdefault(name, folder / name)
+    belongs = {*PAPERS, *PROCESSOR_FILES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, *_shown_figures(adapter)}
+    return _sort_out("adapter", files, left_here, lambda path: path in belongs)
 
 
 def _why_no_adapter(folder: Path) -> str:
@@ -145,14 +219,18 @@ def read_front_matter(card: Path) -> dict:
         PushRefused: when the head is no YAML mapping.
     """
     try:
-        lines = card.read_text(encoding="utf-8").split("\n")
+        text = card.read_bytes().decode("utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError):
         raise PushRefused(f"{card} cannot be read as text: write it again") from None
-    if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
+    head = _find_head(text)
+    by_hub = REGEX_YAML_BLOCK.search(text)
+    if head != (by_hub and by_hub.group(2).replace("\r\n", "\n")) or (head and "\r" in head):
+        raise PushRefused(f"{card}: its metadata do not stand between two lines of --- alone: write it again")
+    if head is None:
         return {}
-    text = "\n".join(lines[1 : lines.index("---", 1)])
+    text = head
     try:
         head, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -165,3 +243,11 @@ def read_front_matter(card: Path) -> dict:
     if twice is not None:  # readers differ in which one counts
         raise PushRefused(f"{card}: its metadata names {twice} twice: write it again")
     return head
+
+
+def _find_head(text: str) -> str | None:
+    """What stands between a first line `---` and the next one; the Hub's own reader is more lenient."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    if lines[0] != "---" or "---" not in lines[1:]:
+        return None
+    return "\n".join(lines[1 : lines.index("---", 1)])

@@ -143,7 +143,7 @@ def judge_model(
     if not stated:
         blocking.append(
             "nothing is recorded of the sources of its training data: train on a dataset folder with its "
-            "build_report.json, or push it without --public"
+            "build_report.json"
         )
     if found is None:
         unknown = Rule("Terms of the base", f"what {base} asks for is not known to this toolkit.")
@@ -234,8 +234,8 @@ def _asks_more(licence: Licence | None) -> bool:
 def _block_base(base: str, found: Base | None) -> Iterator[str]:
     if found is None:
         yield (
-            f"the terms of the base {base} are not known to this toolkit: push without --public, or add them to "
-            "BASES in dentalgemma/publishing/licences.py"
+            f"the terms of the base {base} are not known to this toolkit: add them to BASES in "
+            "dentalgemma/publishing/licences.py"
         )
 
 
@@ -250,7 +250,7 @@ def _block_sources(stated: Mapping[str, str | None], permissions: Collection[str
             why = f"states a licence that is not known to this toolkit ({text}): read it, ask its owner, then"
         else:
             why = f"is under {licence.name}, which allows no adaptation to be shared: ask its owner, then"
-        yield f"the source {name} {why} push with --permission {shlex.quote(_source_of(name))}, or without --public"
+        yield f"the source {name} {why} push with --permission {shlex.quote(_source_of(name))}"
 
 
 def _block_mix(stated: Mapping[str, str | None], permissions: Collection[str]) -> Iterator[str]:
@@ -261,7 +261,7 @@ def _block_mix(stated: Mapping[str, str | None], permissions: Collection[str]) -
         names = ", ".join(f"{name} ({found.name})" for name, found in strict)
         yield (
             f"no licence meets what all of its sources ask for ({names}): train on sources that go together, ask the "
-            "owners, then push with --permission NAME for each source whose owner agreed, or push without --public"
+            "owners, then push with --permission NAME for each source whose owner agreed"
         )
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from dentalgemma.publishing.remote import printable
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes, with the time left, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda size: bars.advance(task, size)
 
 
 def print_report(report: dict, console: Console) -> None:
@@ -17,10 +30,10 @@ def print_report(report: dict, console: Console) -> None:
     table.columns[1].justify = "right"
     for file in report["files"]:
         mark = [marks.get(file["path"], "")] if marks else []
-        table.add_row(escape(file["path"]), f"{file['size']:,}", *mark)
+        table.add_row(escape(printable(file["path"])), f"{file['size']:,}", *mark)
     console.print(table)
     for line in _list_facts(report, remote):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _list_facts(report: dict, remote: dict) -> Iterator[str]:
@@ -32,7 +45,7 @@ def _list_facts(report: dict, remote: dict) -> Iterator[str]:
     for warning in report["warnings"]:
         yield f"Warning: {warning}"
     if report.get("opens_history"):
-        yield "Warning: all earlier commits of the private repository become public with it, deleted files too"
+        yield "Warning: what was private in this repository becomes public with it: earlier commits and kept files"
     if report["left_here"]:
         yield f"Left here: {', '.join(report['left_here'])}"
     if remote.get("deleted"):

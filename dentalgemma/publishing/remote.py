@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,10 +17,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import _http
 
 from data_builders.records import InputError
 
 PAUSES = (1.0, 3.0)  # seconds before another try
+PATIENCE = 45.0  # seconds after which nothing is begun anew: the client underneath has tried a few times by itself
+LONGEST_PAUSE = 300.0  # seconds, where the Hub says when to come again
+ANSWER = 60.0  # seconds that the Hub may keep silent; three times as long where something is sent
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
@@ -33,12 +38,13 @@ class PushError(InputError):
 
 
 class Remote(NamedTuple):
-    """A repository as it is: its newest commit, the hash of each file there, its visibility and tags by commit."""
+    """A repository as it is: newest commit, hash of each file there, visibility, tags by commit, branches."""
 
     head: str
     private: bool
     files: dict[str, str]
     tags: dict[str, str]
+    branches: list[str]
 
 
 class Target(NamedTuple):
@@ -69,12 +75,40 @@ def look(target: Target) -> Remote | None:
             return None
         raise
     refs = target.api.list_repo_refs(**target.repo)
-    tree = target.api.list_repo_tree(**target.repo, revision=str(info.sha), recursive=True)
-    files = {
-        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in tree if hasattr(entry, "blob_id")
-    }
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    return Remote(str(info.sha), bool(info.private), files, tags)
+    branches = [ref.name for ref in refs.branches]
+    return Remote(str(info.sha), bool(info.private), list_files(target, str(info.sha)), tags, branches)
+
+
+def list_files(target: Target, commit: str) -> dict[str, str]:
+    """The files at a commit with their hashes: SHA-256 of those in large-file storage, git's of the others."""
+    tree = target.api.list_repo_tree(**target.repo, revision=commit, recursive=True)
+    return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in tree if hasattr(entry, "blob_id")}
+
+
+@contextmanager
+def limited_silence() -> Iterator[None]:
+    """Let no request wait for good: by itself the Hub's client sets no limit to most of them."""
+    made = _http._GLOBAL_CLIENT_FACTORY
+
+    def limit(request) -> None:
+        seconds = ANSWER if request.method in ("GET", "HEAD") else 3 * ANSWER
+        asked = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            name: seconds if asked.get(name) is None else asked[name] for name in ("connect", "read", "write", "pool")
+        }
+
+    def make():
+        client = made()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
+        return client
+
+    set_client_factory(make)
+    try:
+        yield
+    finally:
+        set_client_factory(made)
 
 
 def insist(target: Target, act: Callable[[], Result]) -> Result:
@@ -83,32 +117,48 @@ def insist(target: Target, act: Callable[[], Result]) -> Result:
     Raises:
         PushError: when it does not come about.
     """
+    begun = time.monotonic()
     for pause in PAUSES:
         with explained(target):
             try:
                 return act()
             except Exception as error:
-                if not is_transient(error):
+                if not is_transient(error) or time.monotonic() - begun > PATIENCE:
                     raise
+                pause = how_long(error, pause)
         time.sleep(pause)
     with explained(target):
         return act()
+
+
+def how_long(error: Exception, pause: float) -> float:
+    """Seconds to wait after this failure: as the Hub asks, within reason, or `pause`."""
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return max(pause, min(float(asked), LONGEST_PAUSE)) if asked.isdecimal() else pause
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, RuntimeError) and error.__cause__:  # around an upload
         error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TRANSIENT
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if (status := status_of(error)) is not None:
+        return status in TRANSIENT
     # An answer that is no JSON is a gateway's page.
-    return isinstance(error, (HTTPError, TimeoutError, json.JSONDecodeError)) and not isinstance(
-        error, OfflineModeIsEnabled
-    )
+    return isinstance(error, (HTTPError, TimeoutError, ConnectionError, json.JSONDecodeError))
 
 
 def status_of(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    """The status that the Hub answered with. Its upload library, hf_xet, raises errors of the system instead."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if isinstance(error, ConnectionError):
+        said = re.search(r"HTTP status \w+ error \((\d{3})\b", str(error))
+        return int(said[1]) if said else None
+    if isinstance(error, OSError) and error.filename is None:
+        return 403 if isinstance(error, PermissionError) else 404 if isinstance(error, FileNotFoundError) else None
+    return None
 
 
 @contextmanager
@@ -124,17 +174,14 @@ def explained(target: Target) -> Iterator[None]:
         raise PushError(
             f"{target.url} is gated: accept its terms on that page, with the account of this token"
         ) from None
-    except HfHubHTTPError as error:
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError) and error.filename is not None:
+            raise  # about a file of this machine
         raise PushError(_explain(target, error)) from None
     except RuntimeError as error:
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise PushError(_explain(target, cause)) from None
-        if isinstance(cause, HTTPError):
-            raise PushError(_lost(target, cause)) from None
-        raise
-    except HTTPError as error:
-        raise PushError(_lost(target, error)) from None
+        if not isinstance(error.__cause__, (HTTPError, OSError)):
+            raise
+        raise PushError(_explain(target, error.__cause__)) from None
     except json.JSONDecodeError as error:
         raise PushError(_lost(target, error)) from None
     except ValueError as error:  # of the card's metadata, say
@@ -148,10 +195,13 @@ def _lost(target: Target, error: Exception) -> str:
     )
 
 
-def _explain(target: Target, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = error.response.headers.get("X-Error-Message") or error.server_message or ""
-    said = f" ({_one_line(said)})" if said else ""
+def _explain(target: Target, error: Exception) -> str:
+    status, said = status_of(error), ""
+    if status is None:
+        return _lost(target, error)
+    if isinstance(error, HfHubHTTPError):
+        said = error.response.headers.get("X-Error-Message") or error.server_message or ""
+        said = f" ({_one_line(said)})" if said else ""
     if status == 401:
         return (
             f"the Hub does not accept the token for {target.url} (401): log in again with `hf auth login`, or renew "
@@ -181,4 +231,9 @@ def _one_line(text: str) -> str:
     token = get_token()
     if token:
         text = text.replace(token, "…")
-    return " ".join(text.split())[:200]
+    return printable(" ".join(text.split()))[:200]
+
+
+def printable(text: str) -> str:
+    """Text of others for a terminal, on which control characters and changes of direction would act."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)

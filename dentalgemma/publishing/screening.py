@@ -16,7 +16,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -136,10 +136,11 @@ class Own(NamedTuple):
     places: tuple[str, ...]
 
 
-def screen(files: Mapping[str, Path]) -> list[str]:
+def screen(files: Mapping[str, Path], *, advance: Callable[[int], None] | None = None) -> list[str]:
     """What speaks against uploading these files, by their path in the repository: one sentence for each objection.
 
-    Large files are read in pieces. An empty list means that nothing was found.
+    Large files are read in pieces, and `advance` is told the bytes looked into. An empty list means that nothing was
+    found.
     """
     own = Own(_own_secrets(), _own_places())
     found: list[str] = []
@@ -147,6 +148,8 @@ def screen(files: Mapping[str, Path]) -> list[str]:
         objections = [*_screen_name(name, own)]
         try:
             objections += _screen_file(name, Path(path), own)
+            if advance:
+                advance(Path(path).stat().st_size)
         except OSError as error:
             objections.append(f"it cannot be read: {error.strerror}")
         found += [f"{_hide(name, own)}: {sentence}" for sentence in dict.fromkeys(objections)]

@@ -48,7 +48,7 @@ def write_space(folder: Path, model: str, *, base: str | None = None, revision: 
         keep_trailing_newline=True,
     )
     environment.filters["python"] = repr
-    facts = {"model": model, "base": base, "revision": revision, "version": __version__}
+    facts = {"model": model, "base": base, "revision": revision, "code": name_revision(__version__)}
     card = {
         "title": "DentalGemma",
         "emoji": "🦷",
@@ -68,6 +68,11 @@ def write_space(folder: Path, model: str, *, base: str | None = None, revision: 
         text = environment.get_template(f"space_{name}.jinja").render(front=front, **facts)
         write_whole(folder / name, text)
     return folder
+
+
+def name_revision(version: str) -> str:
+    """What installs this version from GitHub: the tag of a release; `main` between releases, which have no tag."""
+    return "main" if "dev" in version else f"v{version}"
 
 
 def _check_hub_id(name: str, option: str) -> None:

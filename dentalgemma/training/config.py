@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +14,9 @@ import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from data_builders.records import InputError
+from data_builders.secrets import REMEDY, find_secret, refuse_secrets
 from dentalgemma.training.checkpoints import NEWEST, SCRATCH, is_disk_full
+from dentalgemma.training.data import NO_DATASET
 from dentalgemma.training.gate import check_gate
 from dentalgemma.training.limits import check_values
 from dentalgemma.training.precision import check_precision, gpu_capability
@@ -118,6 +120,7 @@ def read_stage(
         argv = ["--config", str(default_config), *argv]
     # TrlParser looks for the bare token "--config"; it does not read "--config=path".
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    _refuse_tokens(argv)
     if elsewhere:
         argv = ["--use_cpu", "true", *argv]  # else transformers refuses bf16 where this machine has none
     elif not torch.accelerator.is_available():
@@ -125,12 +128,27 @@ def read_stage(
     try:
         stage, training, model_config = TrlParser((StageConfig, SFTConfig, ModelConfig)).parse_args_and_config(argv)
     except yaml.YAMLError as error:
-        raise InputError(f"the configuration is no YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise InputError(f"the configuration is no YAML{line}: {getattr(error, 'problem', error)}") from error
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(str(error)) from error
     if len(stage.trains) == 1 and stage.trains[0].startswith("["):
         stage.trains = yaml.safe_load(stage.trains[0])  # on the command line as the YAML has it
     return stage, training, model_config
+
+
+def _refuse_tokens(argv: Sequence[str]) -> None:
+    """Refuse tokens before anything can quote them: what is set here ends up in run facts, cards and messages."""
+    for before, part in zip(["", *argv], argv, strict=False):
+        if find_secret(part.encode(errors="replace")) is None:
+            if before == "--config" and Path(part).is_file():
+                refuse_secrets(Path(part).read_text(encoding="utf-8", errors="replace"), Path(part))
+            continue
+        option, _, value = part.partition("=")
+        name = option if value else before
+        where = f" after {name}" if name.startswith("--") and find_secret(name.encode()) is None else ""
+        raise InputError(f"the command line holds what looks like a token or a key{where}; {REMEDY}")
 
 
 @contextmanager
@@ -167,7 +185,7 @@ def check_stage(stage: StageConfig, training: SFTConfig, model_config: ModelConf
         InputError: naming the option, its value and the remedy.
     """
     if stage.dataset_name is None:
-        raise InputError("no dataset given: set --dataset_name to a folder or a Hub id")
+        raise InputError(NO_DATASET)
     _check_checkpoints(training)
     if training.max_length is not None:
         raise InputError(f"max_length: {training.max_length} would cut image tokens or answers; set `max_length: null`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import ProcessorMixin
 
 from data_builders.images import UNREADABLE, to_rgb
 from data_builders.records import InputError
+from dentalgemma.models.loading import HUB_ERRORS, explain
 from dentalgemma.models.processors import write_picture
 from dentalgemma.training.batches import lay_end_to_end, pad_lines, split_rows
 from dentalgemma.training.mixture import mix_in
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dentalgemma.training.config import StageConfig
     from dentalgemma.training.features import FeatureCache
 
+NO_DATASET = "no dataset given: set --dataset_name to a folder or a Hub id"
 RENDERS_DIFFERENTLY = "the chat template renders a prompt differently when an answer follows it"
 PICTURES = "pictures"  # a column: the names of a row's pictures, SHA-256 of their bytes as stored
 TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
@@ -50,7 +53,8 @@ def load_splits(stage: StageConfig) -> DatasetDict:
         DatasetError: when a split or a column is missing.
     """
     name = stage.dataset_name
-    assert name is not None
+    if name is None:
+        raise DatasetError(NO_DATASET)
     dataset = _load(name, stage.dataset_config)
     for split in (stage.dataset_train_split, stage.dataset_test_split):
         if split not in dataset:
@@ -80,10 +84,16 @@ def _load(name: str, config: str | None = None) -> DatasetDict:
         return load_from_disk(name)
     try:
         return load_dataset(name, name=config)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: which of its configurations?
+    except (*HUB_ERRORS, ValueError) as error:  # ValueError: which of its configurations?
         if "corresponds to no data" in str(error):
             raise DatasetError(f"{name}: a split of it has no rows: {error}") from error
-        raise DatasetError(f"{name} is neither a folder here nor a dataset that the Hub would give: {error}") from error
+        if configs := re.search(r"Config name is missing.*?(\[.*?\])", str(error), re.DOTALL):
+            raise DatasetError(
+                f"{name} has several configurations: set --dataset_config to one of {configs[1]}"
+            ) from None
+        if unknown := re.search(r"BuilderConfig '.*?' not found\. Available: (\[.*?\])", str(error), re.DOTALL):
+            raise DatasetError(f"{name} has no configuration {config!r}, only {unknown[1]}") from None
+        raise DatasetError(explain(name, error, kind="dataset")) from error
 
 
 def _keep_undecoded(dataset: Dataset, name: str) -> Dataset:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import yaml
 from datasets import DatasetDict
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, SFTConfig
@@ -31,7 +32,7 @@ from trl import ModelConfig, SFTConfig
 from data_builders.records import InputError
 from dentalgemma.available_memory import available_memory
 from dentalgemma.models.loading import (
-    GATED,
+    HUB_ERRORS,
     Start,
     check_sound,
     explain,
@@ -305,8 +306,8 @@ def _find_model(case: Case, found: Diagnosis) -> None:
             if case.start.adapters:
                 take_image_fit(case.processor, case.start.adapters[-1])
             set_image_fit(case.processor, case.stage.image_fit)
-    except OSError as error:
-        found.refuse(explain(base, error))
+    except HUB_ERRORS as error:
+        found.refuse(explain(base, error, revision=revision))
     except ValueError as error:  # a model_type that this version of transformers does not know, or no processor
         found.refuse(f"{base}: {str(error).splitlines()[0]}")
     with found.refusing():
@@ -335,15 +336,15 @@ def _check_access(name: str, revision: str | None, found: Diagnosis) -> bool:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
         found.facts["access"] = "granted"
-    except GatedRepoError:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # also a gated one
         found.facts["access"] = "denied"
-        found.refuse(f"{name} is gated: {GATED.format(name=name)}")
+        found.refuse(explain(name, error, revision=revision))
         return False
-    except RepositoryNotFoundError:
-        found.facts["access"] = "denied"
-        found.refuse(f"{name} is neither a folder here nor a model on the Hub that you may see")
-        return False
-    except (HfHubHTTPError, OSError, ValueError):
+    except (*HUB_ERRORS, ValueError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == HTTPStatus.UNAUTHORIZED:
+            found.facts["access"] = "denied"
+            found.refuse(explain(name, error, revision=revision))
+            return False
         # What lies in the cache can be looked at all the same.
         found.facts["access"] = "not checked"
         found.unchecked.append(f"access to {name}: the Hub could not be asked (offline?)")

@@ -22,6 +22,7 @@ from dentalgemma.evaluation.files import without_folder
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import image_fit
 from dentalgemma.training.config import StageConfig
+from dentalgemma.training.data import PICTURES
 from dentalgemma.training.proof import ProofError, explain
 from dentalgemma.training.trainer import StageTrainer
 
@@ -75,6 +76,7 @@ def _write(
         "data_sources": _data_sources(stage, dataset),
         "data_contents": _data_contents(stage, dataset),
         "hub_datasets": [name for name in _dataset_names(stage) if not Path(name).exists()],
+        "train_split": stage.dataset_train_split,
         "dataset_rows": {split: len(rows) for split, rows in dataset.items()},
         "dataset_fingerprints": {split: rows._fingerprint for split, rows in dataset.items()},
         "left_out": trainer.rows.left_out,
@@ -94,6 +96,7 @@ def _write(
             "features": "live" if trainer.live else "cached",
             "reason": trainer.live,
             "pictures": trainer.pictures,
+            "train_pictures": len({name for names in trainer.train_dataset[PICTURES][:] for name in names}),
             "image_fit": image_fit(trainer.processing_class),
         },
         "packing": {"questions": stage.pack_questions, "texts": stage.pack_texts},

@@ -21,11 +21,11 @@ STAGE2_STEPS = 150  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
 WORK = "quickstart"  # @param {type:"string"}
 
-# %% [markdown]
-# ## Install
-# The release and the versions that it was tested with; what this machine has already stays.
+# %% [markdown] shared: install
 
 # %% shared: install
+
+# %% [markdown] shared: run
 
 # %% shared: run
 
@@ -56,8 +56,7 @@ run(
     "--question-type", "diagnosis", "--question-type", "location",
 )  # fmt: skip
 
-# %% [markdown]
-# A look at three of them, with the annotations behind each answer:
+# %% [markdown] shared: sample
 
 # %% shared: sample
 
@@ -102,9 +101,8 @@ evaluate("base", BASE)
 
 # %% [markdown]
 # ## Train
-# The recipes of a real run, launched as on a GPU, with the small numbers of the quickstart: stage 1 on questions about
-# images, stage 2 on clinical cases, starting from the adapter of stage 1. Each ends with a proof that what was meant to
-# train did, and nothing else.
+# The recipes of a real run, launched as on a GPU, with the small numbers of the quickstart. Each ends with a proof that
+# what was meant to train did, and nothing else. Stage 1: questions about images.
 
 # %%
 RECIPES = quickstart.recipes_folder()
@@ -130,6 +128,9 @@ def train(recipe, start, dataset, options):
 
 train("stage1_vqa", BASE, VQA, {**quickstart.STAGE1, "--max_steps": STAGE1_STEPS})
 
+# %% [markdown]
+# Stage 2: clinical cases, text only, starting from the adapter of stage 1.
+
 # %%
 train("stage2_instruct", WORK / "runs" / "stage1_vqa", INSTRUCT, {**quickstart.STAGE2, "--max_steps": STAGE2_STEPS})
 
@@ -152,6 +153,10 @@ print(f"{certificate['changed_tensors']} tensors changed; passed: {certificate['
 # %%
 evaluate("tuned", TUNED)
 evaluate("tuned_blank", TUNED, images="blank")
+
+# %% [markdown]
+# ### The table
+# Whether a difference could be luck says an exact McNemar test on pairs of answers.
 
 # %%
 comparisons = {

@@ -14,95 +14,104 @@
 #
 # **Research and education only.** This is no medical device and gives no diagnosis.
 
-# %% [markdown]
-# ## Settings
-# Without data of your own phantoms are drawn, to see the path. `SOURCES` is your
-# [sources file](https://github.com/dentalgemma/dentalgemma#your-annotations-the-sources-file), in Drive, a Kaggle input,
-# or a ZIP that `UPLOAD` asks for; `CASES` one with clinical cases. `PRESET_DATA` is a folder with the public sets of the
-# published model, as `dentalgemma build --preset list` names them; look at their licences first.
+# %% [markdown] shared: data settings
 
-# %%
-MODEL = "google/medgemma-1.5-4b-it"  # @param {type:"string"}
-SOURCES = ""  # @param {type:"string"}
-CASES = ""  # @param {type:"string"}
-PRESET_DATA = ""  # @param {type:"string"}
-UPLOAD = False  # @param {type:"boolean"}
-PHANTOMS = 400  # @param {type:"integer"}
-DRIVE = False  # @param {type:"boolean"}
-WORK = "dental"  # @param {type:"string"}
+# %% shared: data settings
 
 # %% [markdown]
-# How it trains: the values of the recipes. `MORE` takes any other of their settings, such as `--lora_r 32`.
-# `DTYPE` is what the merged model is stored in. `PUSH` publishes it as a private repository `REPO`.
+# ## Settings: the training
+# The values of the recipes. `MORE` takes any other of their settings, such as `--lora_r 32`. Before and after training
+# the model answers `PROBE_QUESTIONS` closed questions: it writes its answer (`generate`, as users see it), or the most
+# likely option counts (`loglikelihood`, faster). `ALLOW_CPU` is for rehearsals with a small model.
 
 # %%
 EPOCHS_1 = 5  # @param {type:"number"}
 LEARNING_RATE_1 = 5e-5  # @param {type:"number"}
-EPOCHS_2 = 5  # @param {type:"number"}
-LEARNING_RATE_2 = 5e-5  # @param {type:"number"}
 MORE = ""  # @param {type:"string"}
 PROBE_QUESTIONS = 300  # @param {type:"integer"}
 ANSWERS = "generate"  # @param ["generate", "loglikelihood"]
-DTYPE = "bfloat16"  # @param ["bfloat16", "float32"]
-PUSH = False  # @param {type:"boolean"}
-REPO = "your-name/dentalgemma"  # @param {type:"string"}
 ALLOW_CPU = False  # @param {type:"boolean"}
 
 # %% [markdown]
-# ## Install
-# The release and the versions that it was tested with; this machine's torch stays.
+# ## Settings: stage 2
+# `CASES` is the path of a sources file with clinical cases. Empty, it is the `cases.yaml` of an uploaded ZIP, or the
+# cases of preset or phantoms; where there are none stage 2 is left out.
+
+# %%
+CASES = ""  # @param {type:"string"}
+EPOCHS_2 = 5  # @param {type:"number"}
+LEARNING_RATE_2 = 5e-5  # @param {type:"number"}
+
+# %% [markdown]
+# ## Settings: the merged model
+# `DTYPE` is what its weights are stored in. `PUSH` publishes it as a private repository `REPO`.
+
+# %%
+DTYPE = "bfloat16"  # @param ["bfloat16", "float32"]
+PUSH = False  # @param {type:"boolean"}
+REPO = "your-name/dentalgemma"  # @param {type:"string"}
+
+# %% [markdown] shared: install
 
 # %% shared: install
+
+# %% [markdown] shared: run
 
 # %% shared: run
 
 # %% [markdown]
 # ## The machine
-# bf16 needs an Ampere GPU or newer. `ALLOW_CPU` is for rehearsals with a small model.
+# The GPU of this session, and what launches training on it.
 
 # %% shared: gpu
+
+# %% [markdown]
+# This notebook needs bf16, which Ampere GPUs and newer ones have.
 
 # %%
 if gpus and not has_bf16:
     raise RuntimeError(f"{name} has no bf16: choose an A100 or L4, or take train_t4_qlora.ipynb")
 
-# %% [markdown]
-# ## Log in
-# The token comes from this platform's secrets and is never shown. Where there is none, a login form appears: fill it in
-# before you go on.
+# %% [markdown] shared: log in
 
 # %% shared: log in
 
-# %% [markdown]
-# ## The data
-# `audit` says what is in the annotation files and what is wrong with it, with file and line; `audit.html` has pictures.
-# It changes nothing. With `DRIVE` everything is kept in your Google Drive.
+# %% [markdown] shared: work
+
+# %% shared: work
+
+# %% [markdown] shared: data
 
 # %% shared: data
 
-# %% [markdown]
-# ## Build
-# Questions and answers, each statement carried by an annotation, split so that no patient, image or copy lies in two
-# splits. Stage 2 needs clinical cases; without any it is left out.
+# %% [markdown] shared: audit
+
+# %% shared: audit
+
+# %% [markdown] shared: build
 
 # %% shared: build
+
+# %% [markdown]
+# ### Clinical cases
+# For stage 2, text only.
 
 # %%
 if CASES:
     cases = [CASES]
-elif PRESET_DATA and not SOURCES:
-    cases = ["--preset", "dentalgemma_instruct", "--data", PRESET_DATA]
-elif not SOURCES:
-    cases = [WORK / "phantoms" / "cases.yaml"]
-else:
+elif UPLOAD and find_uploaded("cases.yaml"):
+    cases = [find_uploaded("cases.yaml")]
+elif SOURCES or UPLOAD:
     cases = []
-    print("No cases: stage 2 will be left out.")
+    print("No cases: stage 2 will be left out. CASES, or a cases.yaml in the ZIP, would name some.")
+elif PRESET_DATA:
+    cases = ["--preset", "dentalgemma_instruct", "--data", PRESET_DATA]
+else:
+    cases = [WORK / "phantoms" / "cases.yaml"]
 if cases:
     run("dentalgemma build-instruct", *cases, "--out", INSTRUCT)
 
-# %% [markdown]
-# ## Look
-# Do the answers say what you see? `gallery.html` in the dataset folder shows more.
+# %% [markdown] shared: sample
 
 # %% shared: sample
 
@@ -116,11 +125,13 @@ run(
     "--num_train_epochs", EPOCHS_1, "--learning_rate", LEARNING_RATE_1, *shlex.split(MORE),
 )  # fmt: skip
 
-# %% [markdown]
-# ## Before training
-# The base answers closed questions from the held-out split, which training never sees.
+# %% [markdown] shared: probe
 
 # %% shared: probe
+
+# %% [markdown]
+# ## Before training
+# The base answers them.
 
 # %%
 run("dentalgemma evaluate", PROBE, "--model", MODEL, "--out", WORK / "base.jsonl", "--mode", ANSWERS)
@@ -166,23 +177,50 @@ if not (TUNED / "merge_certificate.json").is_file():
 
 # %% [markdown]
 # ## After training
-# The same questions, and whether the difference could be luck: an exact McNemar test on pairs of answers.
+# The same questions again.
 
 # %%
 run("dentalgemma evaluate", PROBE, "--model", TUNED, "--out", WORK / "tuned.jsonl", "--mode", ANSWERS)
+
+# %% [markdown]
+# ### Base and tuned model compared
+# Difference, intervals and test: also what the card shows.
+
+# %%
 run(
     "dentalgemma compare", WORK / "base.jsonl", WORK / "tuned.jsonl", "--questions", PROBE,
     "--out", WORK / "comparison.json",
 )  # fmt: skip
 
+# %% [markdown] shared: table
+
 # %% shared: table
 
 # %% [markdown]
-# ## Card
-# Rendered from run facts, certificate and comparison. The licence follows from the base and from every source.
+# ### Scores
+# Accuracy with its intervals, and figures per finding: for the card, and for the `model-index` that the Hub reads in it.
 
 # %%
-run("dentalgemma card", TUNED, "--comparison", WORK / "comparison.json")
+run("dentalgemma score", WORK / "tuned.jsonl", "--questions", PROBE, "--out", WORK / "scores.json")
+
+# %% [markdown]
+# ### Contamination
+# Does the training data hold one of these questions or its image, re-encoded, cropped or mirrored?
+
+# %%
+trained_on = [VQA, INSTRUCT] if cases else [VQA]
+run("dentalgemma contamination", PROBE, *trained_on, "--out", WORK / "contamination.json")
+
+# %% [markdown]
+# ## Card
+# Rendered from run facts, certificate, comparison, scores and contamination. The licence follows from the base and from
+# every source. It says `OWNER/NAME` where it names its repository; `push` puts yours there.
+
+# %%
+run(
+    "dentalgemma card", TUNED, "--comparison", WORK / "comparison.json", "--scores", WORK / "scores.json",
+    "--benchmark", f"Closed questions, held-out split of {told}", "--contamination", WORK / "contamination.json",
+)  # fmt: skip
 print(f"Read {TUNED / 'README.md'} before you publish.")
 
 # %% [markdown]
@@ -196,7 +234,4 @@ if PUSH:
 else:
     print("PUSH is off: nothing was uploaded.")
 
-# %% [markdown]
-# ## Next
-# `dentalgemma ask` puts one question to the model, `dentalgemma demo` opens a page, `dentalgemma quantize` makes a 4-bit
-# copy. What the model says must be checked by a dental professional.
+# %% [markdown] shared: next

@@ -15,80 +15,77 @@
 #
 # **Research and education only.** This is no medical device and gives no diagnosis.
 
-# %% [markdown]
-# ## Settings
-# Without data of your own phantoms are drawn, to see the path. `SOURCES` is your
-# [sources file](https://github.com/dentalgemma/dentalgemma#your-annotations-the-sources-file), in Drive, a Kaggle input,
-# or a ZIP that `UPLOAD` asks for. `PRESET_DATA` is a folder with the public sets of the published model, as
-# `dentalgemma build --preset list` names them; look at their licences first.
+# %% [markdown] shared: data settings
 
-# %%
-MODEL = "google/medgemma-1.5-4b-it"  # @param {type:"string"}
-SOURCES = ""  # @param {type:"string"}
-PRESET_DATA = ""  # @param {type:"string"}
-UPLOAD = False  # @param {type:"boolean"}
-PHANTOMS = 400  # @param {type:"integer"}
-DRIVE = False  # @param {type:"boolean"}
-WORK = "dental"  # @param {type:"string"}
+# %% shared: data settings
 
 # %% [markdown]
-# How it trains: the values of the T4 recipe. `MORE` takes any other of its settings, such as `--max_steps 200`.
-# `DTYPE` is what the merged model is stored in. `PUSH` publishes the adapter as a private repository `REPO`.
+# ## Settings: the training
+# The values of the T4 recipe. `MORE` takes any other of its settings, such as `--max_steps 200`. Before and after
+# training the model answers `PROBE_QUESTIONS` closed questions. `ALLOW_CPU` is for rehearsals with a small model.
 
 # %%
 EPOCHS = 1  # @param {type:"number"}
 LEARNING_RATE = 5e-5  # @param {type:"number"}
 MORE = ""  # @param {type:"string"}
 PROBE_QUESTIONS = 120  # @param {type:"integer"}
-DTYPE = "bfloat16"  # @param ["bfloat16", "float32"]
-PUSH = False  # @param {type:"boolean"}
-REPO = "your-name/dentalgemma-adapter"  # @param {type:"string"}
 ALLOW_CPU = False  # @param {type:"boolean"}
 
 # %% [markdown]
-# ## Install
-# The release and the versions that it was tested with, and bitsandbytes for 4 bits; this machine's torch stays.
+# ## Settings: the merged model
+# `DTYPE` is what its weights are stored in. `PUSH` publishes the adapter as a private repository `REPO`.
+
+# %%
+DTYPE = "bfloat16"  # @param ["bfloat16", "float32"]
+PUSH = False  # @param {type:"boolean"}
+REPO = "your-name/dentalgemma-adapter"  # @param {type:"string"}
+
+# %% [markdown] shared: install
 
 # %% shared: install
+
+# %% [markdown] shared: run
 
 # %% shared: run
 
 # %% [markdown]
 # ## The machine
-# This notebook needs no bf16. `ALLOW_CPU` is for rehearsals with a small model.
+# The GPU of this session, and what launches training on it.
 
 # %% shared: gpu
+
+# %% [markdown]
+# This notebook needs no bf16; a GPU that has it is better used by the other one.
 
 # %%
 if gpus and has_bf16:
     print(f"{name} has bf16: train_a100.ipynb trains faster on it, and both stages.")
 
-# %% [markdown]
-# ## Log in
-# The token comes from this platform's secrets and is never shown. Where there is none, a login form appears: fill it in
-# before you go on.
+# %% [markdown] shared: log in
 
 # %% shared: log in
 
-# %% [markdown]
-# ## The data
-# `audit` says what is in the annotation files and what is wrong with it, with file and line; `audit.html` has pictures.
-# It changes nothing. With `DRIVE` everything is kept in your Google Drive.
+# %% [markdown] shared: work
+
+# %% shared: work
+
+# %% [markdown] shared: data
 
 # %% shared: data
 
-# %% [markdown]
-# ## Build
-# Questions and answers, each statement carried by an annotation, split so that no patient, image or copy lies in two
-# splits. The closed questions come from the held-out split, which training never sees.
+# %% [markdown] shared: audit
+
+# %% shared: audit
+
+# %% [markdown] shared: build
 
 # %% shared: build
 
+# %% [markdown] shared: probe
+
 # %% shared: probe
 
-# %% [markdown]
-# ## Look
-# Do the answers say what you see? `gallery.html` in the dataset folder shows more.
+# %% [markdown] shared: sample
 
 # %% shared: sample
 
@@ -120,14 +117,15 @@ display(Image(RUN / "curves.png", width=800))
 
 # %% [markdown]
 # ## Before and after
-# Four options, so chance is a quarter. Whether the difference could be luck says an exact McNemar test on pairs of
-# answers.
+# The answers that training left in `gate` of the run folder, compared.
 
 # %%
 run(
     "dentalgemma compare", RUN / "gate" / "start.jsonl", RUN / "gate" / "end.jsonl", "--questions", PROBE,
     "--name", "base", "--name", "tuned", "--out", WORK / "comparison.json",
 )  # fmt: skip
+
+# %% [markdown] shared: table
 
 # %% shared: table
 
@@ -144,7 +142,8 @@ if not (TUNED / "merge_certificate.json").is_file():
 # %% [markdown]
 # ## Card
 # Rendered from run facts and certificate. The figures above are those of the 4-bit model with its adapter: the merged
-# weights are others, so the card does not show them.
+# weights are others, so the card does not show them. It says `OWNER/NAME` where it names its repository; `push` puts
+# yours there.
 
 # %%
 run("dentalgemma card", TUNED)
@@ -160,7 +159,4 @@ if PUSH:
 else:
     print("PUSH is off: nothing was uploaded.")
 
-# %% [markdown]
-# ## Next
-# `dentalgemma ask` puts one question to the model, `dentalgemma demo` opens a page, `dentalgemma quantize` makes a 4-bit
-# copy. What the model says must be checked by a dental professional.
+# %% [markdown] shared: next

@@ -304,7 +304,7 @@ def test_an_adapter_that_does_not_load_whole_is_refused(whole, tiny_model, vqa_d
     [
         pytest.param(["--enable_jit_checkpoint", "true"], "as if trained to the end", marks=pytest.mark.known_bug(22)),
         pytest.param(["--push_to_hub", "true"], "a recipe uploads nothing", marks=pytest.mark.known_bug(23)),
-        pytest.param(["--hub_token", TOKEN], "what looks like a token or a key after --hub_token", marks=pytest.mark.known_bug(23)),
+        pytest.param(["--hub_token", TOKEN], "a token or a key after --hub_token", marks=pytest.mark.known_bug(23)),
         pytest.param(["--save_only_model", "true"], "without optimizer state"),
         pytest.param(["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder; `auto` takes"),
     ],

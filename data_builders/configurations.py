@@ -165,7 +165,7 @@ def _describe(sources: Sequence[Mapping], configurations: Mapping[str, Configura
     split = next(iter(configurations[first].written))
     yield (
         "```python\nfrom datasets import load_dataset\n\n"
-        f'rows = load_dataset("OWNER/NAME", "{first}", split="{split}")  # OWNER/NAME: this repository\n```'
+        f'rows = load_dataset("OWNER/NAME", "{first}", split="{split}")\n```'
     )
     yield "Beside the parquet of each, in `data/<configuration>/`, lie the facts that its rows were made from."
 

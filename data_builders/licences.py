@@ -13,7 +13,10 @@ CREATIVE_COMMONS = re.compile(r"cc-(?P<terms>by(?:-nc)?(?:-sa|-nd)?)-(?P<version
 
 
 class Licence(NamedTuple):
-    """What a licence asks for; `family` is its name without a version, `hub_id` what the Hub calls it, if it does."""
+    """What a licence asks for; `hub_id` is what the Hub calls it, if it does.
+
+    Of one `family` are licences whose share-alike terms go together.
+    """
 
     name: str
     family: str
@@ -25,8 +28,8 @@ class Licence(NamedTuple):
     derivatives: bool = True
 
 
-def _spdx(name: str, hub_id: str, **terms: bool) -> Licence:
-    return Licence(name, name, hub_id, f"https://spdx.org/licenses/{name}.html", **terms)
+def _spdx(name: str, hub_id: str, *, family: str | None = None, **terms: bool) -> Licence:
+    return Licence(name, family or name, hub_id, f"https://spdx.org/licenses/{name}.html", **terms)
 
 
 LICENCES = {
@@ -43,11 +46,18 @@ LICENCES = {
         _spdx("CDLA-Permissive-1.0", "cdla-permissive-1.0"),
         _spdx("CDLA-Permissive-2.0", "cdla-permissive-2.0", attribution=False),
         _spdx("CDLA-Sharing-1.0", "cdla-sharing-1.0", share_alike=True),
-        _spdx("GPL-3.0-only", "gpl-3.0", share_alike=True),
-        _spdx("GPL-3.0-or-later", "gpl-3.0", share_alike=True),
-        _spdx("AGPL-3.0-only", "agpl-3.0", share_alike=True),
-        _spdx("AGPL-3.0-or-later", "agpl-3.0", share_alike=True),
+        _spdx("GPL-3.0-only", "gpl-3.0", family="GPL-3.0", share_alike=True),
+        _spdx("GPL-3.0-or-later", "gpl-3.0", family="GPL-3.0", share_alike=True),
+        _spdx("AGPL-3.0-only", "agpl-3.0", family="AGPL-3.0", share_alike=True),
+        _spdx("AGPL-3.0-or-later", "agpl-3.0", family="AGPL-3.0", share_alike=True),
     )
+}
+# Other names of these: without a word of later versions, SPDX means that very one.
+NAMES = {
+    "gpl-3.0": "gpl-3.0-only",
+    "agpl-3.0": "agpl-3.0-only",
+    "apache-license-2.0": "apache-2.0",
+    "apache-license,-version-2.0": "apache-2.0",
 }
 HUB_CREATIVE_COMMONS = frozenset(
     {
@@ -59,15 +69,20 @@ HUB_CREATIVE_COMMONS = frozenset(
 
 
 def find_licence(text: str | None) -> Licence | None:
-    """The licence that a text names, however it is spelled (`CC BY-NC-SA 4.0`); `None` where it is not known here."""
+    """The licence that a text names, however it is spelled; `None` where it is not known here.
+
+    `CC BY-NC-SA 4.0 International` and `MIT License` are known, too.
+    """
     key = re.sub(r"[\s_]+", "-", (text or "").strip().casefold())
+    key = re.sub(r"-(?:licen[sc]e|international|unported)$", "", key)
     match = CREATIVE_COMMONS.fullmatch(key)
     if not match:
-        return LICENCES.get(key)
+        return LICENCES.get(NAMES.get(key, key))
     terms, version = match["terms"], match["version"]
     return Licence(
         name=key.upper(),
-        family=f"CC-{terms}".upper(),
+        # From 2.0 on an adaptation may take a later version; 1.0 allows none but itself.
+        family=f"CC-{terms}".upper() if version != "1.0" else key.upper(),
         hub_id=key if key in HUB_CREATIVE_COMMONS else None,
         url=f"https://creativecommons.org/licenses/{terms}/{version}/",
         commercial="-nc" not in terms,
@@ -163,7 +178,7 @@ def find_cover(stated: Mapping[str, str | None]) -> Licence | None:
 
 def _strictness(licence: Licence) -> tuple[bool, bool, bool, bool, str]:
     asks = (not licence.derivatives, licence.share_alike, not licence.commercial, licence.attribution)
-    return (*asks, licence.name)
+    return (*asks, licence.name.removesuffix("-or-later"))  # only that version, where one asks for it
 
 
 def is_conflict(stated: Mapping[str, str | None]) -> bool:
@@ -200,7 +215,7 @@ def _ask(known: Mapping[str, Licence], of: What) -> Iterator[Rule]:
 def _find_conflicts(known: Mapping[str, Licence]) -> dict[str, list[str]]:
     """The sources, by licence, whose share-alike terms exclude each other; empty where they do not.
 
-    Under share-alike an adaptation takes that very licence (of Creative Commons also a later version): two of them do
+    Under share-alike an adaptation takes that very licence (or one of its family): two of them do
     not go together, and one that allows commercial use does not go with a source that forbids it.
     """
     alike = {source: licence for source, licence in known.items() if licence.share_alike}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from data_builders.licences import Rule, find_cover
+from data_builders.licences import Rule, find_cover, find_licence
 from dentalgemma.publishing.licences import judge_dataset, judge_model, list_sources
 
 MEDGEMMA, GEMMA4, GEMMA3 = "google/medgemma-1.5-4b-it", "google/gemma-4-31B-it", "google/gemma-3-4b-it"
@@ -36,10 +36,23 @@ def test_the_notice_has_the_sentence_that_the_terms_demand_the_restrictions_and_
         "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at "
         "https://developers.google.com/health-ai-developer-foundations/terms\n"
     )
-    assert "section 3.2" in notice
+    one_line = " ".join(notice.split())
+    assert "restrictions of section 3.2 of these terms are passed on" in one_line  # 3.1(1), and the three of 3.2
+    assert "(1) for what the Prohibited Use Policy forbids" in one_line
     assert "https://developers.google.com/health-ai-developer-foundations/prohibited-use-policy" in notice
+    assert "could cause a health regulatory authority to deem Google the “manufacturer” of a medical device" in one_line
+    assert "(3) against laws and regulations" in one_line
+    assert "gives a copy of them to those who get it (2)" in one_line  # of section 3.1
     assert f"made from {MEDGEMMA}" in notice
     assert notice == judge_model(MEDGEMMA, sources(BY_SA)).notice
+
+
+@pytest.mark.parametrize("base", [MEDGEMMA, GEMMA3])
+def test_where_the_terms_demand_it_the_rule_says_that_a_copy_of_them_is_passed_on(base):
+    rule = judge_model(base, sources("MIT")).rules[0].text
+
+    assert "pass on a copy of the terms (their section 3.1(2); put it beside as TERMS.md)" in rule
+    assert "TERMS.md" not in judge_model(GEMMA4, sources("MIT")).rules[0].text
 
 
 def test_gemma_3_and_llama_want_a_notice_too_and_apache_none():
@@ -255,3 +268,47 @@ def test_reasons_are_sentences_with_a_remedy_that_name_the_source():
     assert len(terms.blocking) == 5
     assert all(re.search(r"--permission|add them to BASES", sentence) for sentence in terms.blocking)
     assert all(isinstance(rule, Rule) and rule.text.endswith(".") for rule in terms.rules)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ("CC-BY-SA-1.0", "CC-BY-SA-4.0", "mixed"),  # 1.0 allows no later version
+        ("CC-BY-SA-1.0", "CC-BY-SA-1.0", "single"),
+        ("CC-BY-SA-2.0", "CC-BY-SA-4.0", "combined"),
+        ("CC-BY-SA-4.0", "CC-BY-NC-4.0", "mixed"),  # what may be sold, with what may not
+        ("CC-BY-NC-SA-4.0", "CC-BY-NC-4.0", "combined"),
+        ("GPL-3.0-only", "GPL-3.0-or-later", "combined"),
+        ("GPL-3.0", "GPL-3.0-only", "single"),
+        ("GPL-3.0-only", "AGPL-3.0", "mixed"),
+    ],
+)
+def test_licences_that_share_alike_go_together_where_their_texts_let_them(one, other, verdict):
+    assert judge_dataset(sources(one, other)).verdict == verdict
+    assert judge_dataset(sources(other, one)).verdict == verdict
+
+
+def test_under_both_of_them_only_the_version_that_both_allow_is_left():
+    for pair in ({"a": "GPL-3.0-only", "b": "GPL-3.0-or-later"}, {"a": "GPL-3.0-or-later", "b": "GPL-3.0-only"}):
+        assert find_cover(pair).name == "GPL-3.0-only"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("MIT License", "MIT"),
+        ("mit licence", "MIT"),
+        ("Apache License 2.0", "Apache-2.0"),
+        ("CC BY-NC-SA 4.0 International", "CC-BY-NC-SA-4.0"),
+        ("CC BY-SA 3.0 Unported", "CC-BY-SA-3.0"),
+        ("GPL-3.0", "GPL-3.0-only"),
+        ("AGPL-3.0", "AGPL-3.0-only"),
+    ],
+)
+def test_licences_are_known_by_their_common_names(text, name):
+    assert find_licence(text).name == name
+
+
+@pytest.mark.parametrize("text", ["International", "License", "my MIT", "MIT or later", "CC BY 5.0 International"])
+def test_other_names_are_not_guessed_at(text):
+    assert find_licence(text) is None

@@ -10,7 +10,9 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +36,37 @@ TOKENS = {
     "AWS": "AKIA" + "ABCDEFGH23456789",
     "W&B": "WANDB_API_KEY=" + "0123456789abcdef" * 2 + "01234567",
     "key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "PGP": "-----BEGIN PGP " + "PRIVATE KEY BLOCK-----",
+    "W&B, new": "wandb_" + "v1_" + LETTERS[:40],
+    "Kaggle, new": "KGAT" + "_" + "0123456789abcdef" * 2,
+    "AWS, secret": "AWS_SECRET_ACCESS_KEY=" + LETTERS[:40],
+    "web token": ".".join(["eyJ" + LETTERS[:20], "eyJ" + LETTERS[:30], LETTERS[:43]]),
+    "Google": "ya29" + "." + LETTERS[:40],
+    "Google, client": "GOCSPX" + "-" + LETTERS[:28],
+    "Stripe": "sk" + "_live_" + LETTERS[:24],
+    "Groq": "gsk" + "_" + LETTERS[:52],
+    "NVIDIA": "nvapi" + "-" + LETTERS[:60],
+    "Slack": "xapp" + "-1-" + LETTERS[:30],
+    "Slack, hook": "hooks.slack.com/" + "services/T00000000/B00000000/" + LETTERS[:24],
+    "Azure": "AccountKey=" + LETTERS + LETTERS[:26] + "==",
+}
+HEX = "0123456789abcdef" * 3
+# Settings in a text, told by what stands around the key.
+SETTINGS = {
+    "W&B": f"wandb_api_key: {HEX[:40]}",
+    "Kaggle": f"kaggle_key = '{HEX[:32]}'",
+    "kaggle.json": f'{{"username": "jane", "key": "{HEX[:32]}"}}',
+    "AWS": f"aws_secret_access_key = {LETTERS[:40]}",
+    "netrc": f"machine api.wandb.ai login user password {HEX[:40]}",
+    "URL": f"git clone https://jane:{LETTERS[:12]}@huggingface.co/me/x",
+}
+ENCODED = {
+    "JSON": "\\u0068" + HF[1:],
+    "HTML": HF.replace("_", "&#95;"),
+    "HTML, by name": HF.replace("_", "&lowbar;"),
+    "URL": HF.replace("_", "%5F"),
+    "base64": base64.b64encode(f"token: {HF}".encode()).decode(),
+    "base64 of URLs": base64.urlsafe_b64encode(f"~~~??? {HF}".encode()).decode(),
 }
 
 
@@ -47,7 +80,7 @@ def refused(tmp_path, name, content, *words):
     """The one objection, which names the file and has these words."""
     found = screened(tmp_path, name, content)
     assert len(found) == 1, found
-    assert found[0].startswith(f"{name}: ")
+    assert found[0].startswith(f"{name}:")
     assert all(word in found[0] for word in words), found[0]
     assert "\n" not in found[0]
     return found[0]
@@ -61,6 +94,10 @@ def png(color=9, **save):
     buffer = io.BytesIO()
     Image.new("L", (24, 16), color).save(buffer, "PNG", **save)
     return buffer.getvalue()
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def safetensors(metadata=None, numbers=b"\0" * 8):
@@ -99,11 +136,36 @@ def test_a_token_is_found_wherever_it_stands_and_never_shown(tmp_path, token, wr
 
 def test_a_token_across_two_pieces_of_a_big_file_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(screening, "PIECE", 5000)
-    numbers = bytearray(20_000)
-    numbers[4_880 : 4_880 + len(HF)] = HF.encode()
+    content = bytearray(safetensors(numbers=bytes(20_000)))
+    content[4_990 : 4_990 + len(HF)] = HF.encode()
 
-    assert "token" in refused(tmp_path, "w.safetensors", safetensors(numbers=bytes(numbers)))
+    assert "token" in refused(tmp_path, "w.safetensors", bytes(content))
     assert screened(tmp_path, "w.safetensors", safetensors(numbers=bytes(20_000))) == []
+
+
+@pytest.mark.parametrize("secret", [*SETTINGS.values(), *ENCODED.values()], ids=[*SETTINGS, *ENCODED])
+def test_keys_told_by_their_setting_and_tokens_in_other_letters_are_found_by_their_line(tmp_path, secret):
+    sentence = refused(tmp_path, "notes.txt", f"one\ntwo\nthree {secret}\n", "notes.txt:3: ", "a token or a key")
+    refused(tmp_path, "d.parquet", parquet(a=["x", f"see {secret}"]), "a token or a key")
+
+    assert not any(part in sentence for part in (LETTERS[:8], HF[4:12], HEX[:8], secret[-12:-4]))
+
+
+def test_every_byte_that_was_looked_into_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(screening, "PIECE", 100)
+    contents = {
+        "a.md": b"text",
+        "b.png": png(),
+        "w.safetensors": safetensors(numbers=b"\1" * 500),
+        "t.json": HF.encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    told = []
+    screen({name: tmp_path / name for name in contents}, advance=told.append)
+
+    assert sum(told) == sum(map(len, contents.values()))
+    assert len(told) > len(contents)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +176,10 @@ def test_a_token_across_two_pieces_of_a_big_file_is_found(tmp_path, monkeypatch)
         "sk-learn-is-a-library-without-digits-here",
         "git commit 0123456789abcdef0123456789abcdef01234567",  # 40 hex digits alone are any hash
         "WANDB_API_KEY, set with `export WANDB_API_KEY=...`",
+        "wandb_api_key: ${{ secrets.WANDB }}, kaggle_key: none, https://user:password@host/x, ssh://git@host:22/x",
+        '{"username": "jane", "key": "value"}, machine learning login page password reset',
+        "eyJhbGciOiJIUzI1NiJ9 begins a web token, ya29.x, gsk_short, https://example.org:8080/a@b",
+        "f3c6d1a9" * 8 + " " + "c29tZSBoYXJtbGVzcyB0ZXh0IHdpdGhvdXQgYW55IGtleQ==",
     ],
 )
 def test_what_only_resembles_a_token_is_let_pass(tmp_path, text):
@@ -142,8 +208,26 @@ def test_this_machines_own_tokens_are_known_whatever_they_look_like(tmp_path):
     command = [sys.executable, "-c", SECRETS_OF_THIS_MACHINE, *(str(tmp_path / f"{number}") for number in range(3))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert [f"'{name}.md: it holds what looks like a token" in done.stdout for name in "abc"] == [True] * 3
+    assert [f"'{name}.md:1: it holds what looks like a token" in done.stdout for name in "abc"] == [True] * 3
     assert "canary" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "KAGGLE_KEY", "AZURE_CREDENTIALS", "db_password"])
+def test_variables_that_hold_secrets_are_known_by_their_name(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "zaunkönig im garten")
+
+    refused(tmp_path, "a.yaml", "one: 1\ns: zaunkönig im garten", "a.yaml:2: ", "a token or a key")
+    refused(
+        tmp_path, "b.html", f"data:text/plain;base64,{embedded('zaunkönig im garten'.encode())}", "a token or a key"
+    )
+    assert screened(tmp_path, "a.yaml", "s: zaunkönig") == []
+
+
+def test_a_token_in_a_picture_in_parquet_is_found_however_the_column_is_packed(tmp_path):
+    content = parquet(images=[[{"bytes": png() + HF.encode(), "path": "a.png"}]] * 3)
+
+    found = screened(tmp_path, "d.parquet", content)
+    assert any(": the column images.bytes holds what looks like a token" in sentence for sentence in found)
 
 
 def test_a_token_in_a_files_name_or_path_is_not_shown_either(tmp_path):
@@ -230,14 +314,14 @@ PATHS = {
     ],
 )
 def test_absolute_paths_are_found_with_their_line(tmp_path, path, wrap):
-    refused(tmp_path, *wrap(path), "line 2 holds a path of this or another machine")
+    refused(tmp_path, *wrap(path), ":2: it holds a path of this or another machine")
 
 
 def test_a_text_too_long_to_be_held_is_read_in_pieces_and_its_lines_still_count(tmp_path, monkeypatch):
     monkeypatch.setattr(screening, "WHOLE", 3000)
     text = "an innocent line\n" * 400 + "from /home/jane/x\n" + "zähne und mehr\n" * 300
 
-    refused(tmp_path, "a.md", text, "line 401 holds", "/home/jane/x")
+    refused(tmp_path, "a.md", text, ":401: it holds", "/home/jane/x")
     assert screened(tmp_path, "a.md", text.replace("/home/jane/", "home/jane/")) == []
 
 
@@ -250,10 +334,62 @@ def test_a_text_too_long_to_be_held_is_read_in_pieces_and_its_lines_still_count(
         pytest.param("d.parquet", parquet(a=[[{"b": "/home/jane/x"}]]), id="deep in a column"),
         pytest.param("d.parquet", parquet(a=[1], metadata={"pandas": '{"path": "/home/jane/x"}'}), id="schema"),
         pytest.param("c.json", json.dumps({"model": "/vol7/jane/base"}), id="any root, where a value is a path"),
+        pytest.param(
+            "d.parquet",
+            parquet(a=pa.array([[("/home/jane/x", 1)]], pa.map_(pa.string(), pa.int64()))),
+            id="key of a map",
+        ),
+        pytest.param(
+            "d.parquet",
+            parquet(a=pa.array([[("x", "/home/jane/x")]], pa.map_(pa.string(), pa.string()))),
+            id="value of a map",
+        ),
     ],
 )
 def test_paths_are_found_in_structured_files(tmp_path, name, content):
     refused(tmp_path, name, content, "path of this or another machine")
+
+
+def test_what_is_written_about_a_column_of_parquet_is_looked_into(tmp_path):
+    inner = pa.field("b", pa.string(), metadata={"note": f"from {HF}"})
+    for kind in (pa.struct([inner]), pa.list_(inner)):
+        buffer = io.BytesIO()
+        pq.write_table(
+            pa.table([pa.nulls(1, kind)], schema=pa.schema([pa.field("a", kind)])), buffer, compression="zstd"
+        )
+        found = screened(tmp_path, "d.parquet", buffer.getvalue())
+        assert any("in its metadata, it holds what looks like a token" in sentence for sentence in found), found
+
+
+OTHER_ROOTS = [
+    *(
+        "/ceph/jane/x",
+        "/nas/patients/x",
+        "/raid/jane/x",
+        "/datasets/opg/x",
+        "/hpc/jane/x",
+        "/u/jane/x",
+        "/dss/dsshome1/x",
+    ),
+    *("D:/patients/x.png", r"d:\julia\x.png", r"\\server\share\x"),
+]
+
+
+@pytest.mark.parametrize("path", OTHER_ROOTS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("root: {}", "- {}", "  - root: '{}'  # here", '"root": "{}"', "it was in `{}` then", 'load("{}")'),
+        pytest.param("---\nlicense: mit\nroot: {}\n---\n", id="front matter"),
+    ],
+)
+def test_paths_of_any_root_are_found_as_a_value_and_in_quotes(tmp_path, text, path):
+    refused(tmp_path, "a.md", text.format(path), "path of this or another machine")
+
+
+@pytest.mark.parametrize("path", ["/ceph/jane/x", "/nas/patients/x", "/raid0/jane/x", "/u/jane/x", "D:/patients/x.png"])
+def test_paths_of_common_roots_are_found_in_free_text(tmp_path, path):
+    refused(tmp_path, "a.md", f"It was read from {path} and then written.", "path of this or another machine")
 
 
 def test_the_home_and_the_present_folder_are_known_whatever_they_are_called(tmp_path, monkeypatch):
@@ -274,6 +410,10 @@ def test_the_home_and_the_present_folder_are_known_whatever_they_are_called(tmp_
         "google/medgemma-1.5-4b-it, org/home/x",
         "{% if messages[0]['role'] == 'system' %}{{ '</start>' }}{% endif %}",
         "Q: which?\nA: none. </td></tr> <br/> #!/usr/bin/env python 2>/dev/null",
+        "POST to `/v1/chat/completions` or '/api/models', see <a href='/datasets/me/x'>it</a>, [it](/datasets/me/x)",
+        "`/dev/null`, `/etc/hosts`, '/proc/cpuinfo', `/usr/bin/env`",
+        "url: https://x.org/a/b\nratio: 1/2/3\nwhich: and/or\n- left/right\n",
+        r"`\\alpha\beta`, '$x:\beta\gamma$', Q:/A:, 3:/4, ratio A:B/C",
     ],
 )
 @pytest.mark.parametrize("name", ["README.md", "chat_template.jinja", "rows.jsonl", "d.parquet"])
@@ -322,6 +462,47 @@ def test_metadata_of_a_picture_is_found_wherever_it_lies(tmp_path, carrier, kind
 
     refused(tmp_path, *carrier(tainted), "more than its pixels")
     assert screened(tmp_path, *carrier(buffer.getvalue())) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        *(
+            (f"data:image/{kind};base64,HIDDEN", "neither a plain picture nor text")
+            for kind in ("heic", "avif", "x-icon")
+        ),
+        ("data:text/plain;base64,PATH", "/home/jane/x"),
+        ("data:text/html;base64,SCRIPT", "can run code"),
+        ("data:image/svg+xml,%3Csvg onload=alert(1)%3E", "can run code"),
+        ("data:image/jpeg;base64,QUOTED", "more than its pixels"),
+        ("data:image/png;base64,PHYS", "more than its pixels"),
+        ("x\\nEXIF", "more than its pixels"),
+    ],
+)
+def test_what_a_page_embeds_is_looked_into(tmp_path, text, why):
+    exif = embedded(with_metadata(picture("L", 3, (40, 24)), "JPEG", orientation=1, options={}))
+    contents = {
+        "HIDDEN": embedded(b"\0\0\0\x18ftypheic" + b"Exif\0\0 of Jane" * 9),
+        "PATH": embedded(b"from /home/jane/x"),
+        "SCRIPT": embedded(b"<script>alert(1)</script>"),
+        "QUOTED": quote(exif, safe=""),
+        "PHYS": quote(embedded(png()[:33] + chunk(b"pHYs", b"\xff" * 9 + b"of Jane") + png()[33:]), safe=""),
+        "EXIF": exif,
+    }
+    assert "%2F" in contents["QUOTED"] and "%2F" in contents["PHYS"]
+    for name, content in contents.items():
+        text = text.replace(name, content)
+
+    refused(tmp_path, "g.html", f"<p>\n<img src='{text}'>", "g.html:2: ", why)
+
+
+def test_what_a_page_embeds_may_be_a_plain_picture_or_text(tmp_path):
+    text = embedded("Zähne, caries and/or none".encode())
+    page = (
+        f"<img src='data:image/png;base64,{embedded(png())}'> data:text/plain;base64,{text} data:image/png;base64,AAAA"
+    )
+
+    assert screened(tmp_path, "g.html", page) == []
 
 
 def test_names_of_pictures_in_parquet_have_no_folders(tmp_path):
@@ -378,6 +559,7 @@ def zip_file():
         (b"GIF89a" + b"\0" * 20, "a GIF"),
         (b"\x93NUMPY\x01\0", "a NumPy file"),
         (b"\0\1\2\3" * 50, "neither UTF-8 text"),
+        (b"P3\n# Jane\n1 1\n255\n1 2 3\n", "a picture in the form of text"),
         ("Karies, Zähne".encode("latin-1"), "neither UTF-8 text"),
         (b"PAR1 and no more", "cannot be read as parquet"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "cannot be told apart"),
@@ -389,9 +571,14 @@ def test_what_cannot_be_looked_into_is_refused_whatever_its_name(tmp_path, conte
 
 def test_bytes_in_parquet_that_are_no_picture_are_refused(tmp_path):
     refused(tmp_path, "d.parquet", parquet(blob=[pickle.dumps({"a": 1})]), "cannot be looked into")
+    refused(tmp_path, "d.parquet", parquet(a=pa.array([list(png())], pa.list_(pa.uint8()))), "bytes as numbers")
+    assert screened(tmp_path, "d.parquet", parquet(a=pa.array([1, 2], pa.uint8()), b=[[1, 2], [3]])) == []
 
 
-@pytest.mark.parametrize("text", ["BMI of the patient", "GGUF files are for llama.cpp", "(a) first.", "cases: 3.", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["BMI of the patient", "P1 is better than P2, P3 1", "GGUF files are for llama.cpp", "(a) first.", "cases: 3.", ""],
+)
 def test_texts_that_begin_like_another_format_are_texts(tmp_path, text):
     assert screened(tmp_path, "a.md", text) == []
 

@@ -42,6 +42,7 @@ PASSED_ON = (
     "The use restrictions of section 3.2 of these terms are passed on: whoever uses this model, or passes it on, or a\n"
     "model made from it, is bound by them and must pass them on. "
 )
+COPY = "a copy of the terms (their section 3.1(2); put it beside as TERMS.md), "
 APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
 
 
@@ -60,20 +61,26 @@ HAI_DEF = Base(
     "Health AI Developer Foundations Terms of Use",
     {"license": "other", "license_name": "health-ai-developer-foundations", "license_link": HAI_DEF_TERMS},
     HAI_DEF_TERMS,
-    "they bind everybody who gets this model or a model made from it: pass on the terms, the use restrictions of "
-    "their section 3.2 and the NOTICE file. Clinical use needs the authorizations that their section 3.2 names.",
+    f"they bind everybody who gets this model or a model made from it: pass on {COPY}"
+    "the use restrictions of their section 3.2 and the NOTICE file. Clinical use needs the authorization of the health "
+    "authorities in charge (section 3.1(3)).",
     "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at "
     f"{HAI_DEF_TERMS}",
-    f"{PASSED_ON}It must not be used for what the Prohibited Use Policy\n"
-    f"forbids ({HAI_DEF_POLICY}),\n"
-    "nor against the law, nor for clinical use without the authorizations that these terms name.",
+    f"{PASSED_ON}It must not be used\n"
+    "(1) for what the Prohibited Use Policy forbids\n"
+    f"    ({HAI_DEF_POLICY}),\n"
+    "(2) in a way that could cause a health regulatory authority to deem Google the\n"
+    "    “manufacturer” of a medical device,\n"
+    "(3) against laws and regulations.\n\n"
+    "By section 3.1 of the terms, whoever passes it on gives a copy of them to those who get it (2), and seeks the\n"
+    "authorization of the health regulatory authorities where it is needed, as for clinical use (3).",
 )
 GEMMA = Base(
     "Gemma Terms of Use",
     {"license": "gemma"},
     GEMMA_TERMS,
-    "they bind everybody who gets this model or a model made from it: pass on the terms, the use restrictions of their "
-    "section 3.2 and the NOTICE file.",
+    f"they bind everybody who gets this model or a model made from it: pass on {COPY}"
+    "the use restrictions of their section 3.2 and the NOTICE file.",
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     f"{PASSED_ON}It must not be used for what the Prohibited Use Policy\n"
     f"forbids ({GEMMA_POLICY}), nor against the law.",

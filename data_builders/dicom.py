@@ -60,15 +60,18 @@ def check_dicom(path: Path) -> None:
         _check(_read(path, with_pixels=False))
 
 
-def read_dicom(file: Path | io.BytesIO) -> Image.Image:
+def read_dicom(file: Path | io.BytesIO, *, text_allowed: bool = False) -> Image.Image:
     """Decode the pixels of a file to an 8-bit grey or RGB image, by the rule at the top of this module.
+
+    `text_allowed` reads files that do not state that their pixels are free of text. It is for looking at a picture on
+    one's own machine, and for nothing that is stored or passed on.
 
     Raises:
         ImageError: as `check_dicom` does, and where the pixels cannot be decoded.
     """
     with _plain_errors():
         dataset = _read(file, with_pixels=True)
-        _check(dataset)
+        _check(dataset, text_allowed=text_allowed)
         return Image.fromarray(_to_8_bits(dataset))
 
 
@@ -97,11 +100,11 @@ def _read(file: Path | io.BytesIO, *, with_pixels: bool) -> Dataset:
     return dcmread(file, specific_tags=tags, stop_before_pixels=not with_pixels)
 
 
-def _check(dataset: Dataset) -> None:
+def _check(dataset: Dataset, *, text_allowed: bool = False) -> None:
     from pydicom.pixels import get_decoder
 
     burned_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper()
-    if burned_in != "NO":
+    if burned_in != "NO" and not text_allowed:
         says = (
             "states that text is burned into its pixels"
             if burned_in == "YES"

@@ -140,9 +140,9 @@ def measure(path: Path) -> Measured:
     return measure_pixels(path)[0]
 
 
-def measure_pixels(path: Path) -> tuple[Measured, Image.Image]:
-    """What `measure` finds, and the pixels in RGB that it found it in."""
-    with _open(path) as image:
+def measure_pixels(path: Path | io.BytesIO, *, text_allowed: bool = False) -> tuple[Measured, Image.Image]:
+    """What `measure` finds, and the pixels in RGB that it found it in; `text_allowed` as in `read_dicom`."""
+    with _open(path, text_allowed=text_allowed) as image:
         is_deep = image.mode in DEEP_MODES
         try:
             pixels = to_rgb(image)
@@ -222,7 +222,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(path: Path | io.BytesIO) -> Image.Image:
+def _open(path: Path | io.BytesIO, *, text_allowed: bool = False) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -237,7 +237,7 @@ def _open(path: Path | io.BytesIO) -> Image.Image:
             if is_dicom(path):
                 from data_builders.dicom import read_dicom
 
-                return read_dicom(path)
+                return read_dicom(path, text_allowed=text_allowed)
             raise ImageError(f"is not an image that can be read: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")

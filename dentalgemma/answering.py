@@ -76,9 +76,9 @@ def ask(model: str, image: str, question: str, *, revision: str | None = None, m
     question = (sys.stdin.read() if question == "-" else question).strip()
     if not question:
         raise AnswerError("the question is empty; type one, or pipe one in with -")
-    picture = (
-        None if image == NO_IMAGE else open_picture(Path(image).read_bytes(), name=image)
-    )  # before a model is loaded for minutes
+    picture = None
+    if image != NO_IMAGE:  # before a model is loaded for minutes
+        picture = open_picture(Path(image).read_bytes(), name=image, text_allowed=True)
     notes.print(DISCLAIMER, style="yellow")
     loaded = load_answerer(model, revision=revision)
     shown, part = 0, Part("")
@@ -88,12 +88,17 @@ def ask(model: str, image: str, question: str, *, revision: str | None = None, m
             sys.stdout.flush()
             shown = len(part.text)
     sys.stdout.write("\n")
+    if not part.text.strip():
+        notes.print("The answer is empty.", style="yellow")
     if part.finish_reason == "length":
         notes.print(f"The answer was cut at {max_new_tokens} tokens; --max-new-tokens allows more.", style="yellow")
 
 
-def open_picture(content: bytes, *, name: str = "the file") -> Image.Image:
+def open_picture(content: bytes, *, name: str = "the file", text_allowed: bool = False) -> Image.Image:
     """The pixels of a picture file as evaluation shows them to a model: RGB, upright, at the size of the file.
+
+    `text_allowed` is for pictures that leave this machine in no way: DICOM need not state that its pixels are free of
+    text, which may name a patient.
 
     Raises:
         AnswerError: when it is no picture, is damaged, or is too large; it calls the file `name`.
@@ -101,7 +106,7 @@ def open_picture(content: bytes, *, name: str = "the file") -> Image.Image:
     try:
         if not is_dicom(io.BytesIO(content)):
             Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header alone
-        return measure_pixels(io.BytesIO(content))[1]
+        return measure_pixels(io.BytesIO(content), text_allowed=text_allowed)[1]
     except ImageError as error:
         raise AnswerError(f"{name} {error}") from None
     except (*UNREADABLE, Image.DecompressionBombWarning):

@@ -7,10 +7,9 @@ them inside the question, and the server refuses uploads. Nothing that a user se
 from __future__ import annotations
 
 import base64
-import binascii
 import html
-import io
 import os
+import re
 import socket
 import sys
 import traceback
@@ -18,45 +17,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib.resources import files
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qs
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from data_builders.compose.wording import capitalize, fill, load_phrases
-from data_builders.dentition import ANTERIOR_HALF_WIDTH, REGIONS, finding_region
-from data_builders.phantom import Phantom, make_phantoms
+from data_builders.dentition import REGIONS
+from data_builders.phantom import make_phantoms
 from data_builders.records import InputError, Modality
 from data_builders.sources import Language, load_vocabulary
-from dentalgemma import __version__
-from dentalgemma.answering import DISCLAIMER, AnswerError, Loaded, load_answerer, open_picture, stream_answer
+from dentalgemma.answering import AnswerError, Loaded, Part, load_answerer, open_picture, stream_answer
+from dentalgemma.demo_drawing import (
+    Sample,
+    draw_disclaimer,
+    draw_drop_zone,
+    draw_footer,
+    draw_gallery,
+    draw_preview,
+    draw_table,
+    draw_title,
+    make_sample,
+)
+from dentalgemma.demo_guard import MAX_PICTURE, Guard
+from dentalgemma.demo_words import LANGUAGES, name_column, take_words
 
 if TYPE_CHECKING:
     import gradio as gr
 
 MODALITIES: tuple[Modality, ...] = ("panoramic", "periapical", "bitewing", "intraoral_photo")
-LANGUAGES = {"English": "en", "Español": "es"}
-DISCLAIMERS: Mapping[Language, str] = {
-    "en": DISCLAIMER,
-    "es": "Solo para investigación y enseñanza. No es un producto sanitario ni da diagnósticos; lo que dice un modelo "
-    "debe comprobarlo un profesional de la odontología.",
-}
-EXAMPLES = 5
 SAMPLES = 3
-MAX_PICTURE = 30_000_000  # bytes of a file
-MAX_BODY = 2 * MAX_PICTURE  # of a request: a picture in base64 takes a third more
 MAX_QUESTION = 2000  # characters
 MAX_NEW_TOKENS = 300
-PREVIEW = 1200  # pixels on the longer side
+# Scripts of the page: `window.left` says which answers are about a picture that is there no more.
+STARTED = "(...sent) => {{ window.left = {{...window.left, {}: false}}; return sent; }}"
+ENDED = "(...shown) => window.left.{} ? shown.map(() => '') : shown"
+LEFT = "(...shown) => {{ window.left = {}; return shown.map(() => ''); }}"
 MODELS, PICTURES = "models", "pictures"  # what waits for its turn: answers one at a time, previews beside them
-TAKES_POST = ("/queue/join", "/cancel", "/reset", "/login")
-
-
-class Sample(NamedTuple):
-    """A synthetic picture that the page offers: its file, and what was drawn in it."""
-
-    content: str  # base64 of a PNG
-    truth: str
 
 
 def run_demo(
@@ -98,10 +94,10 @@ def serve(page: gr.Blocks, *, host: str | None = None, port: int | None = None) 
         quiet=True,
         prevent_thread_lock=True,
         enable_monitoring=False,
-        state_session_capacity=20,  # of those that were left while an answer was written; see `_Guard`
+        state_session_capacity=20,  # of those that were left while an answer was written; see `Guard`
         footer_links=[],
         ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(_Guard)]},
+        app_kwargs={"middleware": [Middleware(Guard)]},
         theme=_theme(),
         css=_read("space_page.css"),
     )
@@ -112,78 +108,116 @@ def build_page(models: Sequence[Loaded]) -> gr.Blocks:
     """The page for one model, or for two that answer side by side."""
     import gradio as gr
 
-    samples = [_make_sample(phantom) for phantom in make_phantoms(SAMPLES, seed=7, start=1)]
+    samples = [make_sample(phantom) for phantom in make_phantoms(SAMPLES, seed=7, start=1)]
     names = [loaded.name for loaded in models]
-    questions = example_questions("panoramic", "en")
+    questions, words = example_questions("panoramic", "en"), take_words("en")
     take_picture = _read("space_picture.js").replace("MAX_PICTURE", str(MAX_PICTURE))
     with gr.Blocks(title="DentalGemma", analytics_enabled=False) as page:
-        gr.HTML(_title(names))
-        gr.HTML(_disclaimer("en"), elem_id="disclaimer")  # stays in view
-        gr.HTML(_disclaimer("es"), elem_id="disclaimer-es")
+        gr.HTML(draw_title(names))
+        gr.HTML(draw_disclaimer(), elem_id="disclaimer")  # stays in view
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=5, min_width=320):
                 preview = gr.HTML(draw_preview(None), elem_id="preview")
-                picture = gr.HTML(None, html_template=DROP_ZONE, js_on_load=take_picture, elem_id="picture")
-                modality = gr.Radio(_modality_choices("en"), value="panoramic", label="Kind of picture")
-                language = gr.Radio(list(LANGUAGES), value="English", label="Language of the questions")
+                picture = gr.HTML(None, html_template=draw_drop_zone(), js_on_load=take_picture, elem_id="picture")
+                modality = gr.Radio(_modality_choices("en"), value="panoramic", label=words["kind"])
+                language = gr.Radio(
+                    [(name, code) for code, name in LANGUAGES.items()],
+                    value="en",
+                    label="Language / Idioma",
+                    elem_id="language",
+                )
                 gallery = gr.HTML(
-                    None, html_template=_gallery(samples), js_on_load=_read("space_samples.js"), elem_id="samples"
+                    None, html_template=draw_gallery(samples), js_on_load=_read("space_samples.js"), elem_id="samples"
                 )
             with gr.Column(scale=6, min_width=320):
                 question = gr.Textbox(
-                    label="Question", lines=2, max_length=MAX_QUESTION, elem_id="question", value=questions[0]
+                    label=words["question"], lines=2, max_length=MAX_QUESTION, elem_id="question", value=questions[0]
                 )
                 with gr.Row(elem_classes="examples"):
                     examples = [gr.Button(text, size="sm", variant="secondary") for text in questions]
                 with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    report = gr.Button("Region report", elem_id="report")
-                    stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=0)
+                    ask = gr.Button(words["ask"], variant="primary", elem_id="ask")
+                    report = gr.Button(words["report"], elem_id="report")
+                    stop = gr.Button(words["stop"], elem_id="stop", min_width=110, scale=0)
                 with gr.Row():
                     answers = [
                         gr.Textbox(
-                            label=_column_title(names, number),
+                            label=name_column(names, number, "en"),
                             lines=4,
                             max_lines=12,
                             interactive=False,
-                            placeholder="The answer appears here.",
+                            placeholder=words["answer_here"],
                             min_width=240,
                             elem_classes="answer",
                         )
                         for number in range(len(models))
                     ]
                 table = gr.HTML("", elem_id="regions")
-        gr.HTML(FOOTER)
+        gr.HTML(draw_footer())
 
-        chosen = [picture, modality, language]
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        looks = {**quiet, "concurrency_id": PICTURES, "concurrency_limit": 2}
-        picture.upload(_show_picture, chosen, preview, **looks)
-        picture.refuse(_refuse_size, None, None, **looks)
-        gallery.choose(
-            _sample_chooser(samples), [gallery, language], [picture, modality, preview, *examples, report], **looks
+        chosen = [modality, language, question]
+        asks = [question, *examples, report]  # what depends on the kind of picture
+        # Gradio logs what its own checks refuse; ours do not.
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
+        writes = {**quiet, "concurrency_id": MODELS, "concurrency_limit": 1}
+        asked = gr.on(
+            [ask.click, question.submit],
+            _asker(models),
+            [picture, question, language],
+            answers,
+            js=STARTED.format("answers"),
+            **writes,
         )
-        gr.on([modality.input, language.input], _reword, chosen, [preview, modality, *examples, report], **looks)
+        reported = report.click(
+            _reporter(models), [picture, modality, language], table, js=STARTED.format("regions"), **writes
+        )
+        # No answer stands beside a picture that it is not about. What is being written ends, and that takes a moment.
+        own = {"api_visibility": "private"}
+        stop.click(None, None, None, cancels=[asked, reported], **own)
+        asked.then(None, answers, answers, js=ENDED.format("answers"), **own)
+        reported.then(None, table, table, js=ENDED.format("regions"), **own)
+        written = [table, *answers]
+        for changed in (picture.upload, gallery.choose):
+            changed(None, None, None, cancels=[asked, reported], **own)
+            changed(None, written, written, js=LEFT.format("{answers: true, regions: true}"), **own)
+        modality.input(None, None, None, cancels=[reported], **own)
+        modality.input(None, table, table, js=LEFT.format("{...window.left, regions: true}"), **own)
+
+        looks = {**quiet, "concurrency_id": PICTURES, "concurrency_limit": 2}
+        picture.upload(_show_picture, [picture, modality, language], preview, **looks)
+        picture.refuse(_refuse_size, language, None, **looks)
+        gallery.choose(
+            _sample_chooser(samples), [gallery, language, question], [picture, modality, preview, *asks], **looks
+        )
+        modality.input(_change_kind, [picture, *chosen], [preview, *asks], **looks)
+        language.input(
+            _language_changer(names), chosen, [modality, ask, report, stop, question, *examples, *answers], **looks
+        )
         for example in examples:
             example.click(_take_example, example, question, **looks)
-        writes = {**quiet, "concurrency_id": MODELS, "concurrency_limit": 1}
-        asked = gr.on([ask.click, question.submit], _asker(models), [picture, question], answers, **writes)
-        reported = report.click(_reporter(models), chosen, table, **writes)
-        stop.click(None, None, None, cancels=[asked, reported], api_visibility="private")
+    page.validate_inputs = _check_request
     return page
+
+
+def _check_request(block_fn: object, inputs: Sequence[object]) -> None:
+    """In place of Gradio's own check, which logs what came in: the page sends texts and numbers."""
+    import gradio as gr
+
+    if len(inputs) < len(block_fn.inputs) or not all(isinstance(value, str | int | None) for value in inputs):
+        raise gr.Error(take_words("en")["no_such_request"], print_exception=False)
 
 
 def _asker(models: Sequence[Loaded]):
     """What "Ask" does: fill one column for each model, piece by piece."""
 
-    def ask(content: object, question: object) -> Iterator[list[str]]:
-        with _plain_messages():
+    def ask(content: object, question: object, language: object) -> Iterator[list[str]]:
+        with _plain_messages(language) as words:
             if not isinstance(question, str) or not question.strip():
-                raise AnswerError("Type a question first.")
+                raise AnswerError(words["no_question"])
             if len(question) > MAX_QUESTION:
-                raise AnswerError(f"The question is too long: at most {MAX_QUESTION:,} characters.")
-            shown = _decode(content)
-            yield from _stream_all(models, question.strip(), shown)
+                raise AnswerError(words["long_question"].format(limit=MAX_QUESTION))
+            shown = _decode(content, words)
+            yield from _stream_all(models, question.strip(), shown, words)
 
     return ask if len(models) > 1 else _single(ask)
 
@@ -191,8 +225,8 @@ def _asker(models: Sequence[Loaded]):
 def _single(several):
     """One output takes the answer itself, not a list of one."""
 
-    def ask(content: object, question: object) -> Iterator[str]:
-        with closing(several(content, question)) as parts:
+    def ask(content: object, question: object, language: object) -> Iterator[str]:
+        with closing(several(content, question, language)) as parts:
             for part in parts:
                 yield part[0]
 
@@ -202,22 +236,24 @@ def _single(several):
 def _reporter(models: Sequence[Loaded]):
     """What "Region report" does: ask each of the six questions that the model was trained on."""
 
-    def report(content: object, modality: str, language: str) -> Iterator[str]:
-        with _plain_messages():
+    def report(content: object, modality: object, language: object) -> Iterator[str]:
+        with _plain_messages(language) as words:
             if modality != "panoramic":
-                raise AnswerError("Regions are defined on a panoramic radiograph; choose that kind of picture.")
-            shown = _decode(content)
-            phrases = load_phrases(LANGUAGES.get(language, "en"))
-            rows: dict[str, list[str]] = {capitalize(phrases["regions"][region]): [] for region in REGIONS}
-            for region, title in zip(REGIONS, rows, strict=True):
-                for answers in _stream_all(models, region_question(region, phrases), shown):
-                    rows[title] = answers
+                raise AnswerError(words["panoramic_only"])
+            shown = _decode(content, words)
+            phrases = load_phrases(_check_choice(language, tuple(LANGUAGES), words))
+            rows: dict[str, list[str]] = {region: [] for region in REGIONS}
+            for region in REGIONS:
+                for answers in _stream_all(models, region_question(region, phrases), shown, words):
+                    rows[region] = answers
                     yield draw_table(rows, [loaded.name for loaded in models])
 
     return report
 
 
-def _stream_all(models: Sequence[Loaded], question: str, picture: Image.Image) -> Iterator[list[str]]:
+def _stream_all(
+    models: Sequence[Loaded], question: str, picture: Image.Image, words: Mapping[str, str]
+) -> Iterator[list[str]]:
     """The answers of all models so far, each time one of them has gone on."""
     answers = [""] * len(models)
     streams = [stream_answer(loaded, question, picture, max_new_tokens=MAX_NEW_TOKENS) for loaded in models]
@@ -225,11 +261,19 @@ def _stream_all(models: Sequence[Loaded], question: str, picture: Image.Image) -
         for parts in zip_longest(*streams):
             for number, part in enumerate(parts):
                 if part is not None:
-                    answers[number] = part.text + (" […]" if part.finish_reason == "length" else "")
+                    answers[number] = tidy_answer(part, words)
             yield list(answers)
     finally:
         for stream in streams:
             stream.close()
+
+
+def tidy_answer(part: Part, words: Mapping[str, str]) -> str:
+    """An answer without empty lines around it; one in which nothing is to be seen says so once it is whole."""
+    text = re.sub(r"\n(\s*\n){2,}", "\n\n", part.text.strip())
+    if part.finish_reason and not any(letter.isprintable() and not letter.isspace() for letter in text):
+        text = words["empty_answer"]
+    return text + (" […]" if part.finish_reason == "length" else "")
 
 
 def region_question(region: str, phrases: Mapping) -> str:
@@ -238,7 +282,7 @@ def region_question(region: str, phrases: Mapping) -> str:
     return fill(phrases["region"]["questions"][0], in_region=whole, image=phrases["images"]["panoramic"])
 
 
-def example_questions(modality: str, language: str) -> list[str]:
+def example_questions(modality: Modality, language: Language) -> list[str]:
     """Questions in the words of the training data that suit a kind of picture."""
     phrases = load_phrases(language)
     image = phrases["images"][modality]
@@ -253,20 +297,21 @@ def example_questions(modality: str, language: str) -> list[str]:
     return [first(name) for name in ("findings", "presence", "diagnosis", "healthy_or_abnormal", "image_type")]
 
 
-def _show_picture(content: object, modality: str, language: str) -> str:
+def _show_picture(content: object, modality: object, language: object) -> str:
     import gradio as gr
 
     try:
-        with _plain_messages():
-            return draw_preview(_decode(content), regions=modality == "panoramic", language=language)
+        with _plain_messages(language) as words:
+            return draw_preview(_decode(content, words), regions=modality == "panoramic")
     except gr.Error as error:
-        gr.Warning(error.message, title="Not this one")
-        return draw_preview(None)  # not the picture before it, which would no longer be the one that is asked about
+        gr.Warning(error.message)
+        # Not the picture before it, which would no longer be the one that is asked about.
+        return draw_preview(None)
 
 
-def _refuse_size() -> None:
-    with _plain_messages():
-        raise AnswerError(f"The file is too large: at most {MAX_PICTURE // 1_000_000} MB.")
+def _refuse_size(language: object) -> None:
+    with _plain_messages(language) as words:
+        raise AnswerError(words["large_picture"].format(limit=MAX_PICTURE // 1_000_000))
 
 
 def _take_example(text: str) -> str:
@@ -276,34 +321,61 @@ def _take_example(text: str) -> str:
 def _sample_chooser(samples: Sequence[Sample]):
     import gradio as gr
 
-    def choose(number: object, language: str) -> list:
-        with _plain_messages():
-            if number not in range(len(samples)):
-                raise AnswerError("There is no such sample.")
-        content = samples[number].content
-        preview, _, *rest = _reword(content, "panoramic", language)
-        return [content, gr.update(value="panoramic", choices=_modality_choices(_code(language))), preview, *rest]
+    def choose(number: object, language: object, question: object) -> list:
+        with _plain_messages(language) as words:
+            content = samples[_check_choice(number, tuple(range(len(samples))), words)].content
+        kind = gr.update(value="panoramic")
+        return [content, kind, *_change_kind(content, "panoramic", language, question)]
 
     return choose
 
 
-def _reword(content: object, modality: str, language: str) -> list:
-    """What depends on the kind of picture and the language: preview, names of the kinds, questions, the report."""
+def _change_kind(content: object, modality: object, language: object, question: object) -> list:
+    """What depends on the kind of picture: the preview, the question, the examples, the report."""
     import gradio as gr
 
-    with _plain_messages():
-        shown = _decode(content) if content else None
-    questions = example_questions(modality if modality in MODALITIES else "panoramic", _code(language))
-    return [
-        draw_preview(shown, regions=modality == "panoramic", language=language),
-        gr.update(choices=_modality_choices(_code(language))),
-        *questions,
-        gr.update(visible=modality == "panoramic"),
-    ]
+    with _plain_messages(language) as words:
+        preview = draw_preview(_decode(content, words) if content else None, regions=modality == "panoramic")
+        return [preview, *_reword(question, modality, language, words), gr.update(visible=modality == "panoramic")]
 
 
-def _code(language: str) -> Language:
-    return LANGUAGES.get(language, "en")
+def _language_changer(names: Sequence[str]):
+    import gradio as gr
+
+    def change(modality: object, language: object, question: object) -> list:
+        """What Gradio shows in one language; the rest is there in both, see `demo_drawing`."""
+        with _plain_messages(language) as words:
+            questions = _reword(question, modality, language, words)
+            return [
+                gr.update(choices=_modality_choices(language), label=words["kind"]),
+                words["ask"],
+                words["report"],
+                words["stop"],
+                gr.update(value=questions[0], label=words["question"]),
+                *questions[1:],
+                *[
+                    gr.update(label=name_column(names, number, language), placeholder=words["answer_here"])
+                    for number in range(len(names))
+                ],
+            ]
+
+    return change
+
+
+def _reword(question: object, modality: object, language: object, words: Mapping[str, str]) -> list:
+    """The question, which is exchanged where it is one of the page's own, and the examples."""
+    _check_choice(modality, MODALITIES, words)
+    examples = example_questions(modality, _check_choice(language, tuple(LANGUAGES), words))
+    for own in (example_questions(kind, code) for kind in MODALITIES for code in LANGUAGES):
+        if question in own:
+            return [examples[own.index(question)], *examples]
+    return [question, *examples]
+
+
+def _check_choice(value: object, choices: Sequence, words: Mapping[str, str]):
+    if value not in choices:
+        raise AnswerError(words["no_such_request"])
+    return value
 
 
 def _modality_choices(language: Language) -> list[tuple[str, str]]:
@@ -311,161 +383,37 @@ def _modality_choices(language: Language) -> list[tuple[str, str]]:
     return [(capitalize(names[modality]), modality) for modality in MODALITIES]
 
 
-def draw_preview(picture: Image.Image | None, *, regions: bool = False, language: str = "English") -> str:
-    """The picture as the model gets it, with the six regions of a panoramic drawn over it."""
-    if picture is None:
-        return '<div class="empty">No picture yet: drop one below, paste it, or take a sample.</div>'
-    small = picture.copy()
-    small.info.clear()
-    small.thumbnail((PREVIEW, PREVIEW))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=88)
-    source = base64.b64encode(buffer.getvalue()).decode()
-    note = f"{picture.width} × {picture.height} pixels, as the model gets it"
-    image = f'<img alt="The picture that is asked about" src="data:image/jpeg;base64,{source}">'
-    if not regions:
-        return f'<figure><div class="frame">{image}</div><figcaption>{note}</figcaption></figure>'
-    names = load_phrases(_code(language))["regions"]
-    share = 2 * ANTERIOR_HALF_WIDTH
-    columns = f"grid-template-columns: {1 - share:g}fr {2 * share:g}fr {1 - share:g}fr"
-    cells = "".join(f"<span>{html.escape(capitalize(names[region]))}</span>" for region in REGIONS)
-    sides = "<b>R</b> the patient's right", "the patient's left <b>L</b>"
-    return (
-        f'<figure><div class="frame">{image}<div class="grid" style="{columns}">{cells}</div></div>'
-        f'<div class="sides"><span>{sides[0]}</span><span>{sides[1]}</span></div>'
-        f"<figcaption>{note}. Borders of the regions are approximate.</figcaption></figure>"
-    )
-
-
-def draw_table(rows: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
-    """The answers region by region; every text is escaped."""
-    heads = "".join(f"<th>{html.escape(_column_title(names, number))}</th>" for number in range(len(names)))
-    lines = []
-    for title, answers in rows.items():
-        waiting = ["…"] * (len(names) - len(answers))
-        cells = "".join(f"<td><div>{html.escape(text)}</div></td>" for text in (*answers, *waiting))
-        lines.append(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>')
-    head = f"<thead><tr><th>Region</th>{heads}</tr></thead>"
-    return f'<table style="--models: {len(names)}">{head}<tbody>{"".join(lines)}</tbody></table>'
-
-
-def _column_title(names: Sequence[str], number: int) -> str:
-    if len(names) == 1:
-        return "Answer"
-    return f"{'Tuned' if number == 0 else 'Base'}: {names[number]}"
-
-
-def _title(names: Sequence[str]) -> str:
-    models = " beside ".join(f"<code>{html.escape(name)}</code>" for name in names)
-    return f'<div class="title"><h1>DentalGemma</h1><p>{models}</p></div>'
-
-
-def _disclaimer(language: Language) -> str:
-    text = html.escape(DISCLAIMERS[language])
-    return f'<div class="disclaimer" role="note"><p lang="{language}">{text}</p></div>'
-
-
-def _gallery(samples: Sequence[Sample]) -> str:
-    buttons = "".join(
-        f'<button type="button" data-number="{number}"><img alt="Synthetic panoramic {number + 1}" '
-        f'src="data:image/png;base64,{sample.content}"><span>{html.escape(sample.truth)}</span></button>'
-        for number, sample in enumerate(samples)
-    )
-    return f'<p class="label">Samples: synthetic drawings, of no patient</p><div class="gallery">{buttons}</div>'
-
-
-def _make_sample(phantom: Phantom) -> Sample:
-    buffer = io.BytesIO()
-    phantom.image.save(buffer, format="PNG")
-    phrases, vocabulary = load_phrases("en"), load_vocabulary()
-    drawn = [
-        f"{vocabulary[finding.label].en.one}, {phrases['regions'][finding_region(finding)]}"
-        for finding in phantom.findings
-    ]
-    truth = capitalize("; ".join(drawn)) or "Nothing abnormal"
-    return Sample(base64.b64encode(buffer.getvalue()).decode(), f"Drawn: {truth}")
-
-
-def _decode(content: object) -> Image.Image:
+def _decode(content: object, words: Mapping[str, str]) -> Image.Image:
     """The picture inside a request."""
     if not content:
-        raise AnswerError("Choose a picture first, or take a sample.")
+        raise AnswerError(words["picture_first"])
     if not isinstance(content, str) or len(content) > MAX_PICTURE * 4 // 3 + 4:
-        raise AnswerError(f"The file is too large: at most {MAX_PICTURE // 1_000_000} MB.")
+        raise AnswerError(words["large_picture"].format(limit=MAX_PICTURE // 1_000_000))
     try:
-        return open_picture(base64.b64decode(content, validate=True), name="The file")
-    except binascii.Error:
-        raise AnswerError("The file did not arrive whole; choose it again.") from None
+        decoded = base64.b64decode(content, validate=True)
+    except ValueError:  # of other letters too, of which `binascii.Error` says nothing
+        raise AnswerError(words["broken_picture"]) from None
+    try:
+        # A Space is for anybody's pictures; on a machine of one's own they stay there.
+        return open_picture(decoded, name="The file", text_allowed="SPACE_ID" not in os.environ)
+    except AnswerError as error:
+        raise AnswerError(words["unreadable"].format(reason=error)) from None
 
 
 @contextmanager
-def _plain_messages() -> Iterator[None]:
+def _plain_messages(language: object) -> Iterator[Mapping[str, str]]:
     """What a user can mend is a message on the page; of anything else the log gets the place, not what was asked."""
     import gradio as gr
 
+    words = take_words(language)
     try:
-        yield
+        yield words
     except InputError as error:
-        raise gr.Error(html.escape(str(error), quote=False), title="Please check", print_exception=False) from None
+        message = html.escape(str(error), quote=False)
+        raise gr.Error(message, title=words["please_check"], print_exception=False) from None
     except Exception as error:
         print(f"{type(error).__name__} at", *traceback.format_tb(error.__traceback__), sep="\n", file=sys.stderr)
-        message = "The model could not answer; the machine that serves this page has the reason in its log."
-        raise gr.Error(message, title="Failed", print_exception=False) from None
-
-
-class _Guard:
-    """Refuses what the page never sends: uploads and other ways to leave data on the server, and huge requests.
-
-    It also lets Gradio forget a visitor as soon as the answer is delivered. The headers keep a browser from sending
-    anything elsewhere.
-    """
-
-    HEADERS = (
-        (b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"x-content-type-options", b"nosniff"),
-    )
-
-    def __init__(self, app) -> None:
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def send_with_headers(message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *self.HEADERS]}
-            await send(message)
-
-        status = self._refuse(scope)
-        if status:
-            await send({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body", "body": b"This page takes no such request."})
-            return
-        try:
-            await self.app(scope, receive, send_with_headers)
-        finally:
-            if scope["path"].endswith("/queue/data"):  # the answers are delivered, or nobody waits for them
-                self._forget(scope)
-
-    def _forget(self, scope) -> None:
-        """Drop what Gradio remembers of a visitor: the last picture, question and answer, for as long as it runs."""
-        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        scope["app"].state_holder.session_data.pop(session, None)
-
-    def _refuse(self, scope) -> int | None:
-        path = scope["path"].rstrip("/")
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            # A "deep link" would write what is on the page to a file.
-            return 403 if path.endswith("/deep_link") or "/monitoring" in path else None
-        if not path.endswith(TAKES_POST):
-            return 403
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if not length.isdigit():
-            return 411
-        return 413 if int(length) > MAX_BODY else None
+        raise gr.Error(words["see_log"], title=words["failed"], print_exception=False) from None
 
 
 def _read(name: str) -> str:
@@ -486,7 +434,8 @@ def _check_port(host: str | None, port: int | None) -> int | None:
     if port is None:
         return None
     with socket.socket() as test:
-        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere this would take a port that another program listens on
+            test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left just now is free
         try:
             test.bind((host or "127.0.0.1", port))
         except OSError as error:
@@ -505,13 +454,3 @@ def _theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Consolas", "monospace"],
     )
-
-
-DROP_ZONE = """<label class="drop"><input type="file" accept="image/*,.tif,.tiff,.dcm" aria-label="Choose a picture">
-<strong>Choose a picture</strong><span>or drop it here, or paste it. It stays in memory while the model
-answers and is never stored.</span></label>"""
-FOOTER = (
-    f'<p class="foot">DentalGemma {html.escape(__version__)}. Pictures and questions are held in memory while they are '
-    "answered; they are not stored, not logged, and sent nowhere else. Do not send pictures that show who the patient "
-    "is.</p>"
-)

@@ -149,6 +149,29 @@ def test_a_bad_picture_is_one_sentence_before_any_model_is_loaded(content, messa
     assert "\n" not in error and "BytesIO" not in error
 
 
+@pytest.mark.parametrize("stated", [None, "YES"])
+def test_dicom_that_does_not_rule_out_text_is_read_where_it_stays_on_this_machine(stated, tmp_path):
+    pytest.importorskip("pydicom", reason="needs the extra `dicom`")
+    from test_dicom import GREYS, write_dicom
+
+    path = write_dicom(tmp_path / "a.dcm", BurnedInAnnotation=stated)
+
+    assert open_picture(path.read_bytes(), text_allowed=True).size == GREYS.shape[::-1]
+    with pytest.raises(AnswerError, match="BurnedInAnnotation"):  # as in a Space
+        open_picture(path.read_bytes())
+    _, _, error = run(tmp_path / "no model", path, QUESTION)
+    assert "no model" in error and "BurnedInAnnotation" not in error  # it got as far as the model
+
+
+def test_an_answer_in_which_there_is_nothing_says_so_beside_it(tiny_model, tmp_path):
+    make_talking_model(tiny_model, tmp_path / "silent", [" \t "])
+
+    code, output, notes = run(tmp_path / "silent", "none", QUESTION)
+
+    assert (code, output.strip()) == (0, "")
+    assert "The answer is empty." in notes
+
+
 def test_a_picture_that_claims_too_many_pixels_is_refused():
     bomb = bytearray(as_file(Image.new("1", (8, 8))))
     bomb[16:24] = (100_000).to_bytes(4) * 2  # width and height in the header

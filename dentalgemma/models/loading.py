@@ -393,8 +393,6 @@ def explain(name: str, error: BaseException, *, revision: str | None = None, kin
         return f"{name} has no revision {revision or 'of this name'}: see https://huggingface.co/{page}/tree/main"
     if Path(name).exists():
         return f"{name}: {_one_line(error)}"
-    if Path(name).is_absolute():
-        return f"{name} is not here"
     if _first(causes, HFValidationError):
         return f"{missing}: it is written OWNER/NAME there"
     if constants.HF_HUB_OFFLINE or _first(causes, OfflineModeIsEnabled):

@@ -435,7 +435,7 @@ def test_a_base_that_is_gone_must_be_named(chain, tmp_path):
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
 
-    with pytest.raises(InputError, match="/gone/base is neither a folder here.*--base names the adapter's base"):
+    with pytest.raises(InputError, match=r"/gone/base is neither a folder here.*--base names the adapter's base"):
         merge_adapter(run, tmp_path / "model")
 
 

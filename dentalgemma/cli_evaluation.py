@@ -144,6 +144,10 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="Requests at a time to a server.")] = 4,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a server may take for an answer.")] = 120,
     hardware: Annotated[str | None, typer.Option(help="The server's hardware, for the record.")] = None,
+    stretch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stretch pictures to a square of so many pixels, for llama.cpp: 896 for MedGemma."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model questions and keep its answers; what is answered already is not asked again.
@@ -154,9 +158,12 @@ def evaluate(
     """
     from dentalgemma.evaluation.questions import check_images, load_questions
 
-    here, there = ("batch_size", "dtype", "revision"), ("api", "key_variable", "workers", "timeout", "hardware")
+    here = ("batch_size", "dtype", "revision")
+    there = ("api", "key_variable", "workers", "timeout", "hardware", "stretch")
     _refuse_given(context, here if server else there, "is for models loaded here" if server else "needs --server")
     items = load_questions(questions)
+    if images == Images.none and stretch:
+        raise EvaluationError("--stretch is about pictures, and --images none shows none: leave one of them out")
     if images != Images.none:
         check_images(items)  # before a model is loaded for minutes
     lengths = {"max_new_tokens": max_new_tokens, "max_new_tokens_open": max_new_tokens_open}
@@ -173,6 +180,7 @@ def evaluate(
                 images=images.value,
                 workers=workers,
                 hardware=hardware,
+                stretch=stretch,
                 **lengths,
             )
     else:

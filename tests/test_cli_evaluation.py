@@ -47,6 +47,12 @@ def wrong(tmp_path):
             "--batch-size is for models loaded here",
             id="batch",
         ),
+        pytest.param(["--stretch", "896"], "--stretch needs --server", id="stretch without a server"),
+        pytest.param(
+            ["--server", "http://localhost:1", "--images", "none", "--stretch", "896"],
+            "--stretch is about pictures",
+            id="stretch without pictures",
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(call, options, message):

@@ -144,6 +144,17 @@ def test_processor_template_and_generation_config_travel_along(merged, tiny_mode
     )
 
 
+def test_the_vocabulary_that_other_tools_read_travels_along(tiny_model, tmp_path):
+    """transformers writes no `tokenizer.model`; llama.cpp's converter reads nothing else."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<pad>\x15\x00\x00\x00\x00\x18\x03")
+    write_adapter(base, tmp_path / "run")
+    merge_adapter(tmp_path / "run", tmp_path / "model", dtype="float32")
+
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
 def test_a_bf16_merge_says_what_the_cast_cost(tiny_model, tmp_path):
     write_adapter(tiny_model, tmp_path / "run")
     certificate = merge_adapter(tmp_path / "run", tmp_path / "model")

@@ -174,6 +174,19 @@ def test_blank_pictures_are_grey_ones_of_the_same_size_and_other_ones_another_pa
     assert all(line["image_shown"] not in (None, line["image_id"]) for line in lines.values())
 
 
+@pytest.mark.parametrize("images", ["true", "blank"])
+def test_pictures_are_stretched_for_a_server_that_would_put_bars_around_them(items, tmp_path, images):
+    pictured = [item for item in items if item.item_id.startswith("closed")]
+    with StubServer() as server:
+        lines = ask(server, pictured, tmp_path / "p.jsonl", images=images, stretch=28)
+
+    assert {line["image_fit"] for line in lines.values()} == {"stretch to 28"}
+    expected = [
+        open_image(item, images=images).resize((28, 28), Image.Resampling.BILINEAR).tobytes() for item in pictured
+    ]
+    assert sorted(request_key(body)[1] for body in server.requests) == sorted(((28, 28), own) for own in expected)
+
+
 def test_a_line_says_what_was_asked_of_whom_and_what_the_server_took(items, tmp_path):
     with StubServer(["refuses:seed"], answer="A") as server:
         lines = ask(server, [items[0], items[-1]], tmp_path / "p.jsonl", workers=1, hardware="1x H200")
@@ -291,6 +304,7 @@ def test_answers_of_another_server_model_or_length_do_not_mix(items, tmp_path):
             (replace(connect(server), model="larger"), {}, "model"),
             (connect(server), {"max_new_tokens": 8}, "max_tokens"),
             (connect(server), {"images": "none"}, "images"),
+            (connect(server), {"stretch": 28}, "image_fit"),
         ):
             with pytest.raises(EvaluationError, match=f"do not belong to this run.*{named}"):
                 ask(server, items, out, endpoint, **settings)

@@ -35,6 +35,7 @@ def ask_server(
     out: Path,
     mode: Mode = "generate",
     images: Arm = "true",
+    stretch: int | None = None,
     workers: int = 4,
     max_new_tokens: int = 64,
     max_new_tokens_open: int = 512,
@@ -49,6 +50,10 @@ def ask_server(
     Temperature 0 and seed 0 are asked for; each line says what the server took. An empty answer is an answer. Lines
     come in the order of the answers. `latency_ms` is the time of the request as this side sees it, with so many others
     beside it; None where it took several tries. `hardware` is the server's, for the record.
+
+    `stretch` is the side in pixels of the square that pictures are scaled to before they are sent, as Gemma 3's
+    processor does: llama.cpp keeps their shape instead, between black bars (mtmd-image.cpp, commit 0c1e570). Without
+    it they travel at their own size.
 
     Raises:
         EvaluationError: when some items got no answer, after all others have theirs; the same command asks for these
@@ -67,7 +72,7 @@ def ask_server(
         "dtype": None,
         "mode": mode,
         "images": images,
-        "image_fit": None,
+        "image_fit": f"stretch to {stretch}" if stretch and images != "none" else None,
         "system_prompt": system_prompt,
         "server": {"url": endpoint.url, "api": endpoint.api, "served_model": endpoint.model},
     }
@@ -85,7 +90,9 @@ def ask_server(
         def ask(item: Question) -> EvaluationError | None:
             known = asked[item.item_id]
             try:
-                system, messages = write_messages(item, shown[item.item_id], images=images, system_prompt=system_prompt)
+                system, messages = write_messages(
+                    item, shown[item.item_id], images=images, system_prompt=system_prompt, stretch=stretch
+                )
                 reply = endpoint.complete(messages, system=system, **known["generation"])
             except EvaluationError as failure:
                 return failure
@@ -100,13 +107,13 @@ def ask_server(
 
 
 def write_messages(
-    item: Question, shown: Question | None, *, images: Arm, system_prompt: str
+    item: Question, shown: Question | None, *, images: Arm, system_prompt: str, stretch: int | None = None
 ) -> tuple[str | None, list[dict]]:
     """System prompt and messages in OpenAI's form, of the conversation that a model loaded here is asked."""
     picture = open_image(shown, images=images)
     *system, user = put_question(item, picture, mode="generate", system_prompt=system_prompt)
     content = [
-        {"type": "image_url", "image_url": {"url": _write_url(shown, part["image"], images=images)}}
+        {"type": "image_url", "image_url": {"url": _write_url(shown, part["image"], images=images, stretch=stretch)}}
         if part["type"] == "image"
         else part
         for part in user["content"]
@@ -114,10 +121,12 @@ def write_messages(
     return (system[0]["content"][0]["text"] if system else None), [{"role": "user", "content": content}]
 
 
-def _write_url(shown: Question, picture: Image.Image, *, images: Arm) -> str:
+def _write_url(shown: Question, picture: Image.Image, *, images: Arm, stretch: int | None) -> str:
     """A `data:` URL of a picture: the file's own bytes without metadata, which may name a patient, where any reader
     sees the same pixels in them; else a PNG of these pixels."""
-    if images != "blank" and _is_plain(shown.image):
+    if stretch:
+        picture = picture.resize((stretch, stretch), Image.Resampling.BILINEAR)
+    elif images != "blank" and _is_plain(shown.image):
         with suppress(ImageError):
             stored = read_stored(shown.image)
             return _data_url(stored.content, kind="jpeg" if stored.suffix == ".jpg" else "png")

@@ -68,7 +68,7 @@ def publish_like(model: Path, out: Path) -> None:
     """A copy of a small model as llama.cpp's converter expects one: as the published Gemma 3 models are."""
     out.mkdir()
     for path in model.iterdir():
-        if path.suffix in (".json", ".jinja"):
+        if path.suffix in (".json", ".jinja", ".model"):
             (out / path.name).write_bytes(path.read_bytes())
     tensors = load_file(model / "model.safetensors")
     named = {

@@ -16,7 +16,7 @@ from dentalgemma.cli import app
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = {
     str(path.relative_to(REPOSITORY)): path
-    for pattern in ("README.md", "docs/*.md", "*/README.md", "examples/*/README.md")
+    for pattern in ("README.md", "docs/*.md", "[!.]*/README.md", "examples/*/README.md")
     for path in sorted(REPOSITORY.glob(pattern))
 }
 COMMANDS = typer.main.get_command(app).commands

@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 
 help:
 	@echo "make quickstart   the whole path on a CPU, offline, to quickstart/index.html"
-	@echo "make test         the tests (about 7 minutes on two cores)"
+	@echo "make test         the tests (about 8 minutes on two cores)"
 	@echo "make test-all     the slow ones too"
 	@echo "make test-lowest  a part of them at the lower end of the dependency ranges"
 	@echo "make docs         the documentation as a site, build/docs/index.html"

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from data_builders.records import InputError
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dentalgemma.weight_files import WeightFile, open_weights
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Each of these changes what an adapter's numbers mean, or trains something that is not in its two factors.
 UNSUPPORTED = (
@@ -59,10 +59,10 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         InputError: when it is no plain LoRA adapter, with whole modules or without.
     """
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{folder} holds no adapter (no adapter_config.json)")
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} holds no adapter weights ({WEIGHTS})")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no adapter weights ({ADAPTER_WEIGHTS})")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise InputError(f"{folder} holds a {config.peft_type} adapter; only LoRA adapters can be folded")
@@ -73,7 +73,7 @@ def read_adapter(folder: Path) -> Adapter:
         unsupported.append(f"init_lora_weights: {config.init_lora_weights}")
     if unsupported:
         raise InputError(f"{folder} was trained with {', '.join(unsupported)}, which cannot be folded with a proof")
-    file = open_weights(folder / WEIGHTS)
+    file = open_weights(folder / ADAPTER_WEIGHTS)
     factors, replaced = _sort_keys(file, config)
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     return Adapter(folder, scaling, file, factors, replaced)

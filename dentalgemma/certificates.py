@@ -15,7 +15,7 @@ CERTIFICATE = "merge_certificate.json"
 UNRECORDED = "unrecorded"  # the stage of an adapter whose run left no facts
 # Where the adapters of all stages lie as one; transformers looks for an adapter in the model folder itself alone.
 ADAPTER_FOLDER = "adapter"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What makes pictures and words into inputs.
 PROCESSOR_FILES = (
     "processor_config.json",

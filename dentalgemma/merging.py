@@ -20,8 +20,10 @@ from transformers import ProcessorMixin
 
 from data_builders.dataset_folder import hash_file
 from data_builders.records import InputError
-from dentalgemma.adapters import WEIGHTS, Adapter, check_numbers, read_adapter
+from dentalgemma.adapters import Adapter, check_numbers, read_adapter
 from dentalgemma.certificates import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CERTIFICATE,
     MODEL_FILES,
     UNRECORDED,
@@ -75,7 +77,7 @@ def merge_adapter(
         raise LoadError(f"no dtype {dtype!r} for a merged model; choose among {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoadError(f"{out} is not empty; choose another --out")
-    if Path(run).is_dir() and not (Path(run) / "adapter_config.json").is_file():
+    if Path(run).is_dir() and not (Path(run) / ADAPTER_CONFIG).is_file():
         raise LoadError(f"{run} holds no adapter (no adapter_config.json)")
     start = find_start(run)
     if not start.adapters:
@@ -260,11 +262,13 @@ def _lineage(folder: Path, adapters: Sequence[Path], name: str) -> tuple[list[di
             doubts.append(f"{adapter.name}: no record of what was trained: not proven")
         elif run_around(adapter) != adapter:
             doubts.append(f"{adapter.name} is a checkpoint: what its run proved is about the end of the run")
-            facts |= {"from_checkpoint": True, "adapter_sha256": hash_file(adapter / WEIGHTS)}
+            facts |= {"from_checkpoint": True, "adapter_sha256": hash_file(adapter / ADAPTER_WEIGHTS)}
             if (facts.get("proof") or {}).get("passed") is not False:
                 facts.pop("proof", None)
-        elif facts.get("adapter_sha256") not in (None, hash_file(adapter / WEIGHTS)):
-            raise InputError(f"{adapter}: {WEIGHTS} is not what its {FILE_NAME} is about; take both from one run")
+        elif facts.get("adapter_sha256") not in (None, hash_file(adapter / ADAPTER_WEIGHTS)):
+            raise InputError(
+                f"{adapter}: {ADAPTER_WEIGHTS} is not what its {FILE_NAME} is about; take both from one run"
+            )
         stages.append(facts)
     return stages, doubts
 
@@ -283,7 +287,7 @@ def _check_chain(run: Path, recorded: Sequence[dict], adapters: Sequence[Path]) 
     for stage, adapter in zip(recorded, adapters, strict=True):
         here = facts_of(adapter)["stage"]
         same_name = here in (UNRECORDED, stage.get("stage"))
-        same_weights = here == UNRECORDED or stage.get("adapter_sha256") in (None, hash_file(adapter / WEIGHTS))
+        same_weights = here == UNRECORDED or stage.get("adapter_sha256") in (None, hash_file(adapter / ADAPTER_WEIGHTS))
         if not (same_name and same_weights):
             raise InputError(
                 f"{adapter} ({here}) is not the adapter of stage {stage.get('stage')} that {run.name} was trained on: "

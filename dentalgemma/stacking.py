@@ -18,13 +18,12 @@ from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 
 from data_builders.dataset_folder import hash_file
-from dentalgemma.adapters import PREFIX, WEIGHTS, Adapter
-from dentalgemma.certificates import ADAPTER_FOLDER, PROCESSOR_FILES
+from dentalgemma.adapters import PREFIX, Adapter
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, PROCESSOR_FILES
 from dentalgemma.folding import Update, wanted
 from dentalgemma.models.parts import NO_LAYERS
 from dentalgemma.weight_files import PIECE, Stored, to_bytes, write_header
 
-CONFIG = "adapter_config.json"
 # Of the norm of a weight's update: the same products in fp32, summed in another order.
 TOLERANCE = 1e-4
 
@@ -63,14 +62,14 @@ def stack_adapters(
     plan = _make_plan(list(updates.values()))
     folder = model / ADAPTER_FOLDER
     folder.mkdir()
-    _write_weights(plan, folder / WEIGHTS)
-    _write_config(plan, folder / CONFIG, base=base, revision=revision)
+    _write_weights(plan, folder / ADAPTER_WEIGHTS)
+    _write_config(plan, folder / ADAPTER_CONFIG, base=base, revision=revision)
     for name in PROCESSOR_FILES:  # an adapter has no config.json, and takes the base's generation settings
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
     largest, failures = _inspect(plan, updates, folder)
     facts = {
-        "sha256": hash_file(folder / WEIGHTS),
+        "sha256": hash_file(folder / ADAPTER_WEIGHTS),
         "rank": plan.rank,
         "alpha": plan.alpha,
         "dtype": str(plan.dtype).removeprefix("torch."),
@@ -175,7 +174,7 @@ def _inspect(plan: _Plan, updates: Mapping[str, Update], folder: Path) -> tuple[
     """Read the written file and compare each update with the chain's: the largest difference, relative to its norm."""
     largest, failures = 0.0, []
     scaling = plan.alpha / plan.rank
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         for update in updates.values():
             path = PREFIX + update.name
             if update.name in plan.whole:

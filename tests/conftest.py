@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from loopback_hub import Client
 
 # Features of one test's pictures are good for the next one's, but not to stay on anybody's disk.
 os.environ["DENTALGEMMA_CACHE"] = tempfile.mkdtemp(prefix="dentalgemma-")
@@ -153,6 +154,14 @@ def real_dataset(real_sources: Path) -> Path:
     folder = real_sources.parent / "built"
     build_vqa(load_sources(real_sources), folder, progress=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory: pytest.TempPathFactory):
+    """A process that talks to the loopback Hub `hub` of the module."""
+    client = Client(hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import REPOSITORY
-from loopback_hub import Client, Hub
+from loopback_hub import Hub
 
 STAGE1 = REPOSITORY / "recipes" / "stage1_vqa.yaml"
 INVALID = "hf_" + "b" * 34
@@ -27,13 +27,6 @@ def hub():
     hub.add("clinic/gated-401-teeth")
     yield hub
     hub.close()
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    client = Client(hub, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
 
 
 @pytest.mark.parametrize(

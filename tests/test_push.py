@@ -33,13 +33,6 @@ def hub():
     hub.close()
 
 
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    client = Client(hub, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
-
-
 @pytest.fixture(autouse=True)
 def _new_story(hub):
     hub.forget()

@@ -134,7 +134,8 @@ def test_files_travel_as_they_are_but_without_what_may_name_a_patient(items, tmp
     assert content.endswith(scan)  # the compressed picture itself, not one compressed again
 
 
-def test_no_profile_exif_or_text_reaches_the_server_whatever_the_file(tmp_path):
+@pytest.mark.parametrize("stretch", [None, 28])
+def test_no_profile_exif_or_text_reaches_the_server_whatever_the_file(tmp_path, stretch):
     exif, text = Image.Exif(), PngInfo()
     exif[0x010E] = PATIENT
     text.add_text("Name", PATIENT)
@@ -147,7 +148,7 @@ def test_no_profile_exif_or_text_reaches_the_server_whatever_the_file(tmp_path):
         Question(path.stem, "What is seen?", "Caries.", image=path, image_id=path.stem) for path in tmp_path.iterdir()
     ]
     with StubServer() as server:
-        ask(server, items, tmp_path / "p.jsonl")
+        ask(server, items, tmp_path / "p.jsonl", stretch=stretch)
 
     assert len(server.requests) == 3
     for item in items:

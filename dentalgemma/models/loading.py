@@ -39,13 +39,13 @@ from trl import ModelConfig
 
 from data_builders.records import InputError
 from dentalgemma.adapters import Adapter, check_numbers, read_adapter
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dentalgemma.models.processors import load_processor, take_image_fit
 from dentalgemma.weight_files import open_model
 
-ADAPTER_CONFIG = "adapter_config.json"
 CHAIN = "chain"
 # The last for how pictures were fitted, should somebody go on from one of them: see `set_image_fit`.
-CHAIN_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "run_facts.json", "tokenizer_config.json")
+CHAIN_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "run_facts.json", "tokenizer_config.json")
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "chain/**")
 GATED = "accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
 ADAPTER_UNDER_ZERO3 = (

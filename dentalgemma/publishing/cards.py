@@ -16,6 +16,7 @@ from data_builders.chat import SYSTEM_PROMPT
 from data_builders.dataset_card import LANGUAGES, MODALITIES
 from data_builders.licences import find_licence
 from dentalgemma import __version__
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_FOLDER
 from dentalgemma.evaluation.files import write_whole
 from dentalgemma.evaluation.report_notes import count_found, note_chance
 from dentalgemma.evaluation.report_text import FILTERS, TURNS, escape_markdown, has_width, write_code
@@ -41,8 +42,7 @@ from dentalgemma.publishing.card_figures import draw_composition, draw_losses, d
 from dentalgemma.publishing.families import contradict_base
 from dentalgemma.publishing.licences import ModelTerms, find_base, judge_model, list_sources
 
-README, NOTICE, FIGURES, ADAPTER = "README.md", "NOTICE", "figures", "adapter"
-ADAPTER_CONFIG = "adapter_config.json"
+README, NOTICE, FIGURES = "README.md", "NOTICE", "figures"
 TAGS = ["dental", "medical", "radiology", "dentalgemma"]
 OWN_NAME = "OWNER/NAME"  # the card's own repository, which is not known yet: `push` puts the name in its place
 WEB = re.compile(r"https?://[^\s<>()\[\]\"'`|\\]+")
@@ -125,8 +125,8 @@ def write_model_card(
     }
     index = _index(model, scored, benchmark) if scored else {}
     if facts["adapter"]:
-        _write(model / ADAPTER, LORA, facts, figures, name=model.name)
-        _name_base(model / ADAPTER / ADAPTER_CONFIG, base, rehearsal=rehearsal)
+        _write(model / ADAPTER_FOLDER, LORA, facts, figures, name=model.name)
+        _name_base(model / ADAPTER_FOLDER / ADAPTER_CONFIG, base, rehearsal=rehearsal)
     return _write(model, MODEL, facts, figures, name=model.name, index=index)
 
 
@@ -175,7 +175,7 @@ def _forbids_commerce(source: Mapping) -> bool:
 def _stacked(model: Path, certificate: Mapping) -> dict | None:
     """What the certificate says of the folder's own adapter; None where there is none."""
     found = certificate.get("adapter")
-    here = (model / ADAPTER / ADAPTER_CONFIG).is_file()
+    here = (model / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
     return found if here and isinstance(found, dict) and "left_out" not in found else None
 
 

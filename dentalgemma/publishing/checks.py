@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 from data_builders.dataset_folder import REPORT, hash_file
 from data_builders.licences import is_conflict
 from data_builders.records import InputError
-from dentalgemma.certificates import ADAPTER_WEIGHTS, CERTIFICATE, UNRECORDED, read_certificate
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, UNRECORDED, read_certificate
 from dentalgemma.publishing.families import contradict_base
 from dentalgemma.publishing.folders import (
-    ADAPTER_CONFIG,
     CARD,
     NOTICE,
     SPACE_FILES,

@@ -13,11 +13,17 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from data_builders.dataset_folder import REPORT
 from data_builders.records import InputError
-from dentalgemma.certificates import ADAPTER_FOLDER, ADAPTER_WEIGHTS, CERTIFICATE, MODEL_FILES, PROCESSOR_FILES
+from dentalgemma.certificates import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    CERTIFICATE,
+    MODEL_FILES,
+    PROCESSOR_FILES,
+)
 
 RUN_FACTS = "run_facts.json"
 CARD, NOTICE = "README.md", "NOTICE"
-ADAPTER_CONFIG = "adapter_config.json"
 TERMS = ("TERMS.md", "TERMS.txt")  # a copy of the base's terms, which its owner wants recipients to be given
 PAPERS = (CARD, NOTICE, CERTIFICATE, *TERMS)
 SPACE_FILES = (CARD, "app.py", "requirements.txt")
@@ -140,7 +146,7 @@ def _built_files(folder: Path) -> set[str] | None:
 def _tell_kind(folder: Path) -> Literal["model", "dataset", "space"]:
     if (folder / CERTIFICATE).is_file():
         return "model"
-    if (folder / RUN_FACTS).is_file() or (folder / "adapter_config.json").is_file():
+    if (folder / RUN_FACTS).is_file() or (folder / ADAPTER_CONFIG).is_file():
         raise PushRefused(
             f"{folder} is a run folder: merge it first (`dentalgemma merge {folder} --out MODEL`), then push MODEL, or "
             "its adapter with --adapter-only"

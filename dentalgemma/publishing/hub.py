@@ -28,9 +28,9 @@ from huggingface_hub.utils import (
 from rich.console import Console
 
 from data_builders.secrets import find_secret
-from dentalgemma.certificates import ADAPTER_WEIGHTS, MODEL_FILES, PROCESSOR_FILES
+from dentalgemma.certificates import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_FILES, PROCESSOR_FILES
 from dentalgemma.publishing.checks import Inspection, inspect
-from dentalgemma.publishing.folders import ADAPTER_CONFIG, Publication, PushRefused, recognise
+from dentalgemma.publishing.folders import Publication, PushRefused, recognise
 from dentalgemma.publishing.outgoing import (
     PIECE,
     File,
@@ -303,7 +303,7 @@ def _check_remote(plan: _Plan, remote: Remote, changes: Changes) -> None:
         raise PushRefused(f"{target.url} is public: say --public, or take another name")
     if plan.kind == "adapter" and any(re.fullmatch(WEIGHTS, path) for path in remote.files):
         raise PushRefused(f"{target.url} holds a whole model: push its adapter to a repository of its own")
-    if plan.kind == "model" and "adapter_config.json" in remote.files:
+    if plan.kind == "model" and ADAPTER_CONFIG in remote.files:
         raise PushRefused(f"{target.url} holds an adapter: push the whole model to a repository of its own")
     if tag in remote.tags and (changes.any or remote.tags[tag] != remote.head):
         raise PushRefused(

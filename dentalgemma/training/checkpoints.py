@@ -38,6 +38,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from data_builders.dataset_folder import hash_file
 from data_builders.records import InputError
+from dentalgemma.certificates import ADAPTER_WEIGHTS
 from dentalgemma.training.data import PICTURES
 from dentalgemma.training.proof import START, local_shard
 
@@ -449,7 +450,7 @@ def check_adapter_keys(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: naming one weight that is missing, left over or of another shape.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / ADAPTER_WEIGHTS
     expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     with safe_open(path, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -16,8 +16,7 @@ from trl import ModelConfig
 from data_builders.dataset_folder import REPORT, hash_file
 from data_builders.records import InputError
 from dentalgemma import __version__
-from dentalgemma.adapters import WEIGHTS
-from dentalgemma.certificates import UNRECORDED
+from dentalgemma.certificates import ADAPTER_WEIGHTS, UNRECORDED
 from dentalgemma.evaluation.files import without_folder
 from dentalgemma.models.loading import fingerprint_files, run_around, weights_folder
 from dentalgemma.models.processors import image_fit
@@ -86,7 +85,7 @@ def _write(
         ],
         "parts": trainer.parts,
         "proof": proof,
-        "adapter_sha256": _hash_adapter(Path(args.output_dir) / WEIGHTS),
+        "adapter_sha256": _hash_adapter(Path(args.output_dir) / ADAPTER_WEIGHTS),
         "lora": {"r": model_config.lora_r, "alpha": model_config.lora_alpha, "dropout": model_config.lora_dropout},
         "dtype": model_config.dtype,
         "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},

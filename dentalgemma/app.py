@@ -183,7 +183,8 @@ def build_page(models: Sequence[Loaded]) -> gr.Blocks:
         modality.input(None, None, None, cancels=[reported], **own)
         modality.input(None, table, table, js=LEFT.format("{...window.left, regions: true}"), **own)
 
-        looks = {**quiet, "concurrency_id": PICTURES, "concurrency_limit": 2}
+        # Of clicks that come while one is under way the last counts; Gradio would drop them all.
+        looks = {**quiet, "concurrency_id": PICTURES, "concurrency_limit": 2, "trigger_mode": "always_last"}
         picture.upload(_show_picture, [picture, modality, language], preview, **looks)
         picture.refuse(_refuse_size, language, None, **looks)
         gallery.choose(

@@ -265,6 +265,19 @@ def test_an_answer_never_stands_beside_another_picture(page, phantom_file):
     expect(page.locator("#regions td")).to_have_count(0)
 
 
+def test_the_last_of_hasty_clicks_counts(page, phantom_file):
+    from playwright.sync_api import expect
+
+    choose(page, phantom_file)
+    slow = {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+    page.get_by_text("Periapical radiograph").click()
+    page.get_by_text("Panoramic radiograph", exact=True).click()
+    time.sleep(4)  # all that is under way arrives
+
+    expect(page.locator("#report")).to_be_visible()
+
+
 def test_a_sample_a_pasted_picture_and_a_stopped_answer(page, phantom_file):
     page.click("#samples button >> nth=1")
     page.wait_for_selector("#preview img")
